@@ -1,0 +1,90 @@
+"""The diagonal wave: equation (2) across one operation, and through a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .graph import Operation, edge_of
+from .quantities.base import Quantity
+from .rules.default import default
+from .sweep import Settings, Sweep
+
+Waves = Sequence[Tensor | None]
+
+
+def pass_diagonal(op: Operation, g: Waves | None, h: Waves, *variants: str) -> Waves:
+    """Equation (2) across one operation, by its rule if it has one, else by the default.
+
+    Args:
+        op: the operation.
+        g: gradients at its outputs, or ``None`` to leave out the second term of (2).
+        h: diagonal waves at its outputs, ``None`` where zero.
+        variants: other waves whose rules are preferred, such as ``"bl89"``.
+    """
+    zero = all(wave is None for wave in h)
+    if zero and (g is None or all(v is None for v in g)):
+        return ()
+    rule = registry.find(op, *variants, "diagonal")
+    if rule is None or (op.coincident and not rule.coincident):
+        return default(op, g, None if zero else h)
+    if rule.outputs == "all":
+        waves = rule(op, g, None if zero else h)
+    elif any(wave is not None for wave in (*h[1:], *(g or ())[1:])):
+        return default(op, g, None if zero else h)
+    else:
+        waves = rule(op, None if g is None else g[0], h[0])
+    if waves is None:
+        return ()
+    return (waves,) if isinstance(waves, Tensor) else waves
+
+
+def through(
+    results: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    g: Sequence[Tensor | None] | None,
+    h: Sequence[Tensor | None] | None,
+    settings: Settings,
+) -> list[Tensor | None]:
+    """The diagonal wave through a graph of its own, from ``results`` to the leaves ``inputs``.
+
+    Args:
+        results: outputs of the graph (``None``: not there).
+        inputs: leaf tensors; those that require no gradient get ``None``.
+        g, h: gradient and wave at each of the results, ``None`` where zero; ``g=None`` leaves out the second term
+            of equation (2) in every step.
+    """
+    waves: dict[int, Tensor] = {}
+
+    def deliver(i: int, _: Quantity, wave: Tensor) -> None:
+        waves[i] = wave if i not in waves else waves[i] + wave
+
+    kept = [k for k, y in enumerate(results) if y is not None and y.requires_grad]
+    ys = [results[k] for k in kept]
+    carrier = _Through(residual=g is not None)
+    targets = {edge_of(x): i for i, x in enumerate(inputs) if x is not None and x.requires_grad}
+    sweep = Sweep((edge_of(y)[0] for y in ys), targets, (carrier,), deliver, settings)  # type: ignore[arg-type]
+    for k, y in zip(kept, ys, strict=True):
+        if h is not None and h[k] is not None:
+            sweep.waves[edge_of(y)] = [h[k]]  # type: ignore[arg-type]
+    gs = [torch.zeros_like(y) if g is None or g[k] is None else g[k] for k, y in zip(kept, ys, strict=True)]
+    with sweep:
+        torch.autograd.grad(ys, [x for x in inputs if x is not None and x.requires_grad], gs, allow_unused=True)
+    if sweep.error is not None:
+        raise sweep.error
+    return [waves.get(i) for i in range(len(inputs))]
+
+
+@dataclass(frozen=True)
+class _Through(Quantity):
+    """A diagonal wave in a graph of its own."""
+
+    residual: bool = True
+    savefield = ""
+
+    def step(self, op: Operation, g: Sequence[Tensor | None], h: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        return pass_diagonal(op, g if self.residual else None, h)

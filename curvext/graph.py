@@ -1,0 +1,122 @@
+"""Reading an autograd graph: operations, their inputs, and which of them lead to the targets.
+
+An *operation* is one autograd node. Its outputs are numbered; its differentiable inputs are the node's
+``next_functions``: *edges* ``(node, output number)`` of the operations that produced them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+Edge = tuple[Node, int]
+WRAPPED = 1 << 63  # C++ saves a dimension of -1 in an unsigned integer
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Where in the graph ``tensor`` is produced (for a leaf: where its gradient is accumulated)."""
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _signed(value: Any) -> Any:
+    if isinstance(value, int):
+        return value - 2 * WRAPPED if value >= WRAPPED else value
+    if isinstance(value, tuple):
+        return tuple(_signed(v) for v in value)
+    return value
+
+
+class Operation:
+    """One node of the graph, as rules see it.
+
+    ``op.name`` is the node's name. Anything the node saved reads as an attribute: ``op.result`` is
+    ``node._saved_result``. ``op.needs[i]`` says whether input ``i`` leads to a target; only those waves are used.
+    """
+
+    def __init__(self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], settings: Any = None):
+        self.node, self.edges, self.needs, self.settings = node, edges, needs, settings
+        self.name = node.name()
+
+    def __getattr__(self, saved: str) -> Any:
+        return _signed(getattr(self.__dict__["node"], "_saved_" + saved))
+
+    def __repr__(self) -> str:
+        return f"Operation({self.name})"
+
+    @property
+    def kind(self) -> Any:
+        """What rules are registered for: the node's name, or the class of a Python ``autograd.Function``."""
+        return getattr(type(self.node), "_forward_cls", self.name)
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        """Shape, dtype and device of every output."""
+        return cast(Any, self.node)._input_metadata
+
+    def input(self, i: int) -> Any:
+        """Shape, dtype and device of input ``i``."""
+        node, number = self.edges[i]
+        return cast(Any, node)._input_metadata[number]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The needed inputs, those that are one and the same tensor (``x * x``) together."""
+        by_edge: dict[Edge, list[int]] = {}
+        for i, edge in enumerate(self.edges):
+            if self.needs[i]:
+                by_edge.setdefault(edge, []).append(i)
+        return list(by_edge.values())
+
+    @property
+    def coincident(self) -> bool:
+        """Whether one tensor enters this operation more than once."""
+        return len(self.edges) > 1 and any(len(group) > 1 for group in self.groups)
+
+    def vjp(self, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+        """``Jᵀ v`` for every input; broadcast inputs are not summed to their shape yet."""
+        result = cast(Any, self.node)(*v)
+        return result if isinstance(result, tuple) else (result,)
+
+    def reduced(self, wave: Tensor, i: int) -> Tensor:
+        """A wave as it belongs to input ``i``: broadcast dimensions summed, its dtype, dense."""
+        if wave.layout is not torch.strided:
+            wave = wave.to_dense()
+        meta = self.input(i)
+        if wave.shape != meta.shape:
+            wave = wave.sum_to_size(meta.shape)
+        if wave.dtype != meta.dtype:
+            wave = wave.to(meta.dtype) if meta.dtype.is_complex or not wave.is_complex() else wave.real.to(meta.dtype)
+        return wave
+
+
+def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any = None) -> list[Operation]:
+    """The operations between ``roots`` and ``targets``, roots first.
+
+    Only nodes from which a target can be reached are listed: frozen layers below the first trained one cost nothing.
+    """
+    leading = {node for node, _ in targets}
+    order: list[tuple[Node, tuple[Edge, ...]]] = []
+    seen: set[Node] = set()
+    stack: list[tuple[Node, tuple[Edge, ...] | None]] = [(root, None) for root in roots]
+    while stack:  # depth first, children before parents
+        node, edges = stack.pop()
+        if edges is not None:
+            order.append((node, edges))
+            if node not in leading and any(child in leading for child, _ in edges):
+                leading.add(node)
+        elif node not in seen:
+            seen.add(node)
+            edges = cast(tuple[Edge, ...], node.next_functions)
+            stack.append((node, edges))
+            stack.extend((child, None) for child, _ in edges if child is not None and child not in seen)
+    order.reverse()
+    return [
+        Operation(node, edges, tuple(child in leading for child, _ in edges), settings)
+        for node, edges in order
+        if node in leading and edges
+    ]

@@ -1,0 +1,91 @@
+"""The table of rules: the one list from which dispatch, tests, error texts and docs/support.md derive.
+
+A rule passes a wave from an operation's outputs to its inputs. For the diagonal wave it is called as
+``rule(op, g, h)`` with ``g = ∂L/∂y`` and ``h ≈ diag ∂²L/∂y²`` at the output, and returns
+
+    h_x = (J∘J)ᵀ h + diag(Σₖ gₖ ∂²yₖ/∂x²)                                   (2)
+
+for every input (``None`` where it is zero or not needed; a bare tensor stands for the first input only).
+``h is None`` means a zero wave; ``g is None`` means that the second term is to be left out. With
+``outputs="all"`` both are tuples over the outputs; otherwise they belong to output 0.
+Entries of a broadcast input may be left unsummed: the sweep sums them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .graph import Operation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule with what the registry knows about it."""
+
+    function: Callable[..., Any]
+    how: str  # closed form | structure | decomposed | refused
+    outputs: str = "first"  # or "all"
+    coincident: bool = False  # right also when one tensor enters the operation twice
+    doc: str = ""
+
+    def __call__(self, op: Operation, g: Any, h: Any) -> Any:
+        return self.function(op, g, h)
+
+
+RULES: dict[tuple[Any, str], Rule] = {}
+
+
+def rule(
+    *operations: Any,
+    wave: str = "diagonal",
+    how: str = "closed form",
+    outputs: str = "first",
+    coincident: bool = False,
+) -> Callable[[F], F]:
+    """Register the decorated function for autograd nodes, by name, or for ``autograd.Function`` classes.
+
+    Args:
+        operations: names of autograd nodes (``"TanhBackward0"``) or subclasses of ``torch.autograd.Function``.
+        wave: what the rule passes on, ``"diagonal"`` or a variant of it such as ``"bl89"``.
+        how: ``"closed form"``, ``"structure"`` (exact from the node's own derivatives, because of a declared
+            structure), ``"decomposed"`` (a fused kernel: equation (2) is applied to each of its steps), or
+            ``"refused"`` (the function raises).
+        outputs: ``"first"`` or ``"all"``.
+        coincident: whether the rule is right when one tensor enters twice; else the default is used there.
+
+    Raises:
+        ValueError: if one of the operations has a rule already.
+    """
+
+    def register(function: F) -> F:
+        doc = (function.__doc__ or "").strip().split("\n")[0]
+        for operation in operations:
+            if (operation, wave) in RULES:
+                raise ValueError(f"{operation} already has a rule for the {wave} wave; use curvext.unregister first")
+            RULES[operation, wave] = Rule(function, how, outputs, coincident, doc)
+        return function
+
+    return register
+
+
+def unregister(operation: Any, wave: str = "diagonal") -> Rule:
+    """Remove a rule and return it; the default takes its place."""
+    return RULES.pop((operation, wave))
+
+
+def find(op: Operation, *waves: str) -> Rule | None:
+    """The rule of the first of ``waves`` that has one for this operation."""
+    for wave in waves:
+        found = RULES.get((op.kind, wave))
+        if found is not None:
+            return found
+    return None
+
+
+def registered(wave: str = "diagonal") -> Iterator[tuple[Any, Rule]]:
+    """All operations with a rule, in order of registration."""
+    return ((operation, entry) for (operation, kind), entry in RULES.items() if kind == wave)

@@ -1,0 +1,213 @@
+"""The default: equation (2) for any differentiable operation, from its autograd node alone.
+
+Calling a node is its vector-Jacobian product; with grad mode on, the result can be differentiated once more with
+respect to the node's inputs. Small operations are enumerated (exact), large ones probed with random signs
+(unbiased: Bekas, Kokiopoulou & Saad 2007). This is the oracle every rule is tested against.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ..errors import CurvatureError, SampledOperationWarning
+from ..graph import Operation
+
+Waves = list[Tensor | None]
+CHUNK = 64  # rows of an enumeration that are computed together
+
+
+def default(op: Operation, g: Sequence[Tensor | None] | None, h: Sequence[Tensor | None] | None) -> Waves:
+    """(J∘J)ᵀ h + diag(Σₖ gₖ ∂²yₖ/∂x²), enumerated or sampled; inputs that are one tensor count as one."""
+    waves: Waves = [None] * len(op.edges)
+    with _explained(op):
+        if h is not None:
+            for k, wave in enumerate(h):
+                if wave is not None:
+                    _accumulate(waves, _squares(op, k, wave))
+        if g is not None and any(v is not None for v in g):
+            _accumulate(waves, _residual(op, g))
+    return waves
+
+
+def _accumulate(total: Waves, more: Waves) -> None:
+    for i, wave in enumerate(more):
+        if wave is not None:
+            total[i] = wave if total[i] is None else total[i] + wave  # type: ignore[operator]
+
+
+@contextmanager
+def _explained(op: Operation) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        if isinstance(error, CurvatureError):
+            raise
+        raise CurvatureError(
+            f"{op.kind} has no curvature rule and its autograd node cannot be differentiated twice ({error}). "
+            "Register a rule for it with curvext.rule (docs/rules.md), or, for a Python autograd.Function, write its "
+            "backward with differentiable operations."
+        ) from error
+
+
+def _squares(op: Operation, k: int, h: Tensor) -> Waves:
+    """(J∘J)ᵀ h for output k: Σ over rows of J, or the product of two random combinations of them."""
+
+    def vjp(v: Tensor) -> list[Tensor]:
+        rows = op.vjp(*(v if j == k else None for j in range(len(op.outputs))))
+        return [_merged(op, group, rows) for group in op.groups]
+
+    if _enumerable(op, h.numel()):
+        total = [torch.zeros(op.input(group[0]).shape, dtype=h.dtype, device=h.device) for group in op.groups]
+        if h.is_complex() or any(op.input(group[0]).dtype.is_complex for group in op.groups):
+            return _spread(op, _complex_squares(op, vjp, h))
+        for basis, weights in _rows(h):
+            for t, rows in zip(total, _batched(vjp, basis), strict=True):
+                t += torch.einsum("v,v...->...", weights, rows**2)
+        return _spread(op, total)
+    root, draws = h.abs().sqrt(), op.settings.probes
+    estimates = []
+    for _ in range(draws):
+        v = root * op.settings.signs(h)
+        estimates.append([a * b for a, b in zip(vjp(v), vjp(v * h.sgn()), strict=True)])
+    return _spread(op, [sum(e) / draws for e in zip(*estimates, strict=True)])
+
+
+def _complex_squares(op: Operation, vjp: Callable[[Tensor], list[Tensor]], h: Tensor) -> list[Tensor]:
+    """A complex tensor is a pair of real ones; its wave is (h of the real part) + i (h of the imaginary part)."""
+    total = [torch.zeros(op.input(group[0]).shape, dtype=op.input(group[0]).dtype) for group in op.groups]
+    parts = [(1.0, h.real), (1j, h.imag)] if h.is_complex() else [(1.0, h)]
+    for unit, part in parts:
+        for j, weight in enumerate(part.flatten()):
+            basis = torch.zeros(h.numel(), dtype=h.dtype)
+            basis[j] = unit
+            for t, row in zip(total, vjp(basis.view(h.shape)), strict=True):
+                if t.is_complex():
+                    t += weight * torch.complex(row.real**2, row.imag**2)
+                else:
+                    t += weight * (row.real if row.is_complex() else row) ** 2
+    return total
+
+
+def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
+    """diag(Σₖ gₖ ∂²yₖ/∂x²): the derivative of the node's own backward, everything but one input held fixed."""
+    result: list[Tensor | None] = []
+    with torch.enable_grad():
+        outs = op.vjp(*(None if v is None else v.detach() for v in g))
+        for group in op.groups:
+            # summed before differentiating, as one tensor may fill several inputs
+            out = _merged(op, group, outs)
+            bend = _diagonal(op, group[0], out) if out.requires_grad else None
+            # a linear operation leaves no wave, so that the topmost nonlinear one can be told (Gauss-Newton)
+            result.append(bend if bend is not None and bool(bend.any()) else None)
+    return _spread(op, result)
+
+
+def _diagonal(op: Operation, i: int, out: Tensor) -> Tensor | None:
+    """diag ∂out/∂x for input i, of the same shape."""
+    edge = GradientEdge(*op.edges[i])
+
+    def product(v: Tensor, batched: bool = False) -> Tensor | None:
+        return torch.autograd.grad(out, edge, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)[0]
+
+    with others_fixed(op, i):
+        probe = torch.zeros_like(out)
+        if product(probe) is None:
+            return None
+        if out.is_complex():
+            raise CurvatureError(f"{op.name} is a nonlinear operation of complex numbers; register a rule for it")
+        if not _enumerable(op, out.numel()):
+            draws = op.settings.probes
+            signs = [op.settings.signs(out) for _ in range(draws)]
+            return sum(v * _dense(product(v), v) for v in signs) / draws  # type: ignore[return-value]
+        entries = []
+        for basis, _ in _rows(out):
+            entries.append((basis * _dense(product(basis, batched=True), basis)).flatten(1).sum(1))
+        return torch.cat(entries).view(out.shape)
+
+
+def _dense(product: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if product is None else product
+
+
+@contextmanager
+def others_fixed(op: Operation, i: int) -> Iterator[None]:
+    """Within, a derivative with respect to input i ignores paths through the operation's other inputs.
+
+    In ``x * tanh(x)`` the saved ``tanh(x)`` leads back to ``x`` as well; equation (2) holds it fixed.
+    """
+    task, blocked = torch._C._current_graph_task_id(), {}
+    for node, number in op.edges:
+        if node is not None and node.next_functions and (node, number) != op.edges[i]:
+            blocked.setdefault(node, set()).add(number)
+
+    def block(numbers: set[int]) -> Callable[..., Any]:
+        def hook(grads: Sequence[Tensor | None]) -> Any:
+            if torch._C._current_graph_task_id() == task:
+                return None
+            return tuple(torch.zeros_like(v) if v is not None and k in numbers else v for k, v in enumerate(grads))
+
+        return hook
+
+    handles = [node.register_prehook(block(numbers)) for node, numbers in blocked.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _merged(op: Operation, group: list[int], rows: Sequence[Tensor | None]) -> Tensor:
+    """The sum of the products that belong to one tensor, in its shape."""
+    present = [op.reduced(row, i) for i in group if (row := rows[i]) is not None]
+    if not present:
+        meta = op.input(group[0])
+        return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+    return sum(present[1:], start=present[0])
+
+
+def _spread(op: Operation, per_group: Sequence[Tensor | None]) -> Waves:
+    waves: Waves = [None] * len(op.edges)
+    for group, wave in zip(op.groups, per_group, strict=True):
+        waves[group[0]] = wave
+    return waves
+
+
+def _enumerable(op: Operation, size: int) -> bool:
+    settings = op.settings
+    if size <= settings.enumerate_up_to:
+        return True
+    if op.kind not in settings.sampled:
+        settings.sampled.add(op.kind)
+        warnings.warn(
+            f"{op.kind} has no curvature rule and is too large to enumerate ({size} > enumerate_up_to="
+            f"{settings.enumerate_up_to}): its curvature is estimated with {settings.probes} random probe(s). "
+            "Register a rule with curvext.rule (docs/rules.md), or raise probes= or enumerate_up_to= in extend.",
+            SampledOperationWarning,
+            stacklevel=2,
+        )
+    return False
+
+
+def _rows(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The unit tensors of ``like``'s shape, in chunks, each with the matching entries of ``like``."""
+    n, flat = like.numel(), like.detach().reshape(-1)
+    for start in range(0, n, CHUNK):
+        stop = min(start + CHUNK, n)
+        basis = torch.zeros(stop - start, n, dtype=like.dtype, device=like.device)
+        basis[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        yield basis.view(stop - start, *like.shape), flat[start:stop]
+
+
+def _batched(vjp: Callable[[Tensor], list[Tensor]], basis: Tensor) -> list[Tensor]:
+    """One product for every row; some nodes have no batching rule and are called row by row."""
+    try:
+        return list(torch.vmap(vjp)(basis))
+    except (RuntimeError, NotImplementedError, ValueError):
+        return [torch.stack(rows) for rows in zip(*(vjp(v) for v in basis), strict=True)]

@@ -1,0 +1,166 @@
+"""Checkers for rules and quantities: what curvext's own tests call, and what tests of third-party rules should call.
+
+All of them compare with the default's exact enumeration, which knows no operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .diagonal import pass_diagonal
+from .extend import Target, extend
+from .graph import Operation, edge_of, operations
+from .quantities import Quantity
+from .rules.default import default
+from .sweep import Settings
+
+EXACT = 1 << 40
+
+
+@contextmanager
+def without_rules() -> Iterator[None]:
+    """Within, no operation has a rule: everything goes through the default."""
+    kept = dict(registry.RULES)
+    registry.RULES.clear()
+    try:
+        yield
+    finally:
+        registry.RULES.update(kept)
+
+
+def check_rule(
+    function: Callable[..., Any], *inputs: Tensor, rtol: float = 1e-9, atol: float = 1e-10, seed: int = 0
+) -> set[Any]:
+    """Compare every rule in the graph of ``function(*inputs)`` with the default's exact enumeration.
+
+    Each operation of the recorded graph is given random ``g`` and signed random ``h``, both together and one at a time.
+
+    Args:
+        function: returns a tensor or a sequence of tensors.
+        inputs: leaves; those that require a gradient are followed. Use float64 and few entries.
+
+    Returns:
+        The operations (node names or ``autograd.Function`` classes) whose rule was checked.
+
+    Raises:
+        AssertionError: naming the operation, the input and the terms that differ.
+    """
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    roots = [edge_of(y)[0] for y in outputs if isinstance(y, Tensor) and y.requires_grad]
+    targets = {edge_of(x): i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
+    generator = torch.Generator().manual_seed(seed)
+    checked = set()
+    for op in operations(roots, targets, Settings(enumerate_up_to=EXACT)):
+        rule = registry.find(op, "diagonal")
+        if rule is None or rule.how == "refused" or (op.coincident and not rule.coincident):
+            continue
+        check_operation(op, generator, rtol, atol)
+        checked.add(op.kind)
+    return checked
+
+
+def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    """Compare the rule of one recorded operation with the default (its steps with theirs, if it is decomposed)."""
+    rule = registry.find(op, "diagonal")
+    assert rule is not None, f"{op.kind} has no rule"
+    every = len(op.outputs) if rule.outputs == "all" else 1
+    g, h = _draw(op, every, generator), _draw(op, every, generator)
+    none: list[Tensor | None] = [None] * len(op.outputs)
+    for label, g_, h_ in (("g and h", g, h), ("h alone", None, h), ("g alone", g, none)):
+        with torch.no_grad():
+            got = list(pass_diagonal(op, g_, h_))
+            if rule.how == "decomposed":
+                with without_rules_but(op):
+                    want = list(pass_diagonal(op, g_, h_))
+            else:
+                want = default(op, g_, None if label == "g alone" else h_)
+        _compare(op, got, want, label, rtol, atol)
+
+
+@contextmanager
+def without_rules_but(op: Operation) -> Iterator[None]:
+    """Within, only this operation keeps its rule."""
+    kept = registry.find(op, "diagonal")
+    assert kept is not None
+    with without_rules():
+        registry.RULES[op.kind, "diagonal"] = kept
+        try:
+            yield
+        finally:
+            registry.unregister(op.kind)
+
+
+def _draw(op: Operation, every: int, generator: torch.Generator) -> list[Tensor | None]:
+    draws: list[Tensor | None] = []
+    for k, meta in enumerate(op.outputs):
+        floating = meta.dtype.is_floating_point or meta.dtype.is_complex
+        draws.append(torch.randn(meta.shape, dtype=meta.dtype, generator=generator) if k < every and floating else None)
+    return draws
+
+
+def _compare(
+    op: Operation, got: Sequence[Tensor | None], want: Sequence[Tensor | None], label: str, rtol: float, atol: float
+) -> None:
+    for group in op.groups:
+        shape = op.input(group[0]).shape
+        sums = []
+        for waves in (got, want):
+            present = [op.reduced(waves[i], i) for i in group if i < len(waves) and waves[i] is not None]  # type: ignore[arg-type]
+            sums.append(sum(present[1:], start=present[0]) if present else torch.zeros(shape))
+        torch.testing.assert_close(
+            sums[0],
+            sums[1],
+            rtol=rtol,
+            atol=atol,
+            check_dtype=False,
+            msg=lambda text, group=group: f"{op.kind}, input {group[0]}, {label}: rule != default. {text}",
+        )
+
+
+def check_quantity(
+    quantity: Quantity,
+    model: Target,
+    loss: Callable[[], Tensor],
+    rtol: float = 1e-8,
+    atol: float = 1e-10,
+) -> dict[str, Tensor]:
+    """Compare a quantity computed with the registered rules with the same quantity by the default alone.
+
+    Args:
+        quantity: the quantity.
+        model: what ``extend`` takes; small, in float64.
+        loss: closure that returns the loss; called twice, so it must be deterministic.
+
+    Returns:
+        The results, by parameter name.
+
+    Raises:
+        AssertionError: naming the parameter whose results differ.
+    """
+    results: list[Any] = []
+    for rules in (True, False):
+        with extend(model, quantity, enumerate_up_to=EXACT) as curvature:
+            value = loss()
+            if rules:
+                value.backward()
+            else:
+                with without_rules():
+                    value.backward()
+        results.append(curvature[quantity.savefield])
+    got, want = results
+    assert got.keys() == want.keys(), f"results for {sorted(got)} with rules, for {sorted(want)} without"
+    for name in want:
+        torch.testing.assert_close(
+            got[name], want[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{quantity} of {name}: {text}"
+        )
+    return got
+
+
+__all__ = ["check_operation", "check_quantity", "check_rule", "without_rules"]

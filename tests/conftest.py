@@ -1,0 +1,27 @@
+"""Every test starts from the same seeds and leaves no global setting behind."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "curvext", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("curvext")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    assert torch.get_default_dtype() is dtype, "a test changed the default dtype"
+
+
+@pytest.fixture
+def float64():
+    """Float64 as the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -1,0 +1,37 @@
+"""Slow and obvious definitions, from torch.autograd.functional alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def equation_2(function: Callable[..., Tensor], inputs: Sequence[Tensor], i: int, g: Tensor, h: Tensor) -> Tensor:
+    """(J∘J)ᵀ h + diag(Σₖ gₖ ∂²yₖ/∂x²) for y = function(x), with respect to inputs[i]."""
+    x = inputs[i].detach()
+
+    def of_x(x: Tensor) -> Tensor:
+        return function(*inputs[:i], x, *inputs[i + 1 :])
+
+    j = torch.autograd.functional.jacobian(of_x, x).reshape(h.numel(), x.numel())
+    bend = torch.autograd.functional.hessian(lambda x: (g * of_x(x)).sum(), x).reshape(x.numel(), x.numel())
+    return (h.reshape(-1) @ j**2 + bend.diagonal()).view(x.shape)
+
+
+def hessian(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """The Hessian of loss() in all parameters together, [P, P]."""
+    gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    rows = [torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in flat]
+    return torch.stack([
+        torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in zip(row, parameters, strict=True)])
+        for row in rows
+    ])  # fmt: skip
+
+
+def split(diagonal: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """A vector over all parameters, in their shapes."""
+    pieces = diagonal.split([p.numel() for p in parameters])
+    return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
