@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,14 +65,14 @@ def through(
         waves[i] = wave if i not in waves else waves[i] + wave
 
     kept = [k for k, y in enumerate(results) if y is not None and y.requires_grad]
-    ys = [results[k] for k in kept]
+    ys: list[Any] = [results[k] for k in kept]
     carrier = _Through(residual=g is not None)
     targets = {edge_of(x): i for i, x in enumerate(inputs) if x is not None and x.requires_grad}
     sweep = Sweep((edge_of(y)[0] for y in ys), targets, (carrier,), deliver, settings)  # type: ignore[arg-type]
     for k, y in zip(kept, ys, strict=True):
         if h is not None and h[k] is not None:
             sweep.waves[edge_of(y)] = [h[k]]  # type: ignore[arg-type]
-    gs = [torch.zeros_like(y) if g is None or g[k] is None else g[k] for k, y in zip(kept, ys, strict=True)]
+    gs: list[Any] = [torch.zeros_like(y) if g is None or g[k] is None else g[k] for k, y in zip(kept, ys, strict=True)]
     with sweep:
         torch.autograd.grad(ys, [x for x in inputs if x is not None and x.requires_grad], gs, allow_unused=True)
     if sweep.error is not None:

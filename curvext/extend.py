@@ -170,8 +170,8 @@ class extend(TorchFunctionMode):
 
 
 _CHECKPOINTED = (
-    "extend: this graph uses activation checkpointing, which lets a saved tensor be read only once, so curvature cannot "
-    "be computed along with the gradient. Run this step without torch.utils.checkpoint."
+    "extend: this graph uses activation checkpointing, which lets a saved tensor be read only once, so curvature "
+    "cannot be computed along with the gradient. Run this step without torch.utils.checkpoint."
 )
 
 

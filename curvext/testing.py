@@ -120,8 +120,12 @@ def _compare(
             rtol=rtol,
             atol=atol,
             check_dtype=False,
-            msg=lambda text, group=group: f"{op.kind}, input {group[0]}, {label}: rule != default. {text}",
+            msg=_after(f"{op.kind}, input {group[0]}, {label}: rule != default."),
         )
+
+
+def _after(context: str) -> Callable[[str], str]:
+    return lambda text: f"{context} {text}"
 
 
 def check_quantity(
@@ -157,9 +161,7 @@ def check_quantity(
     got, want = results
     assert got.keys() == want.keys(), f"results for {sorted(got)} with rules, for {sorted(want)} without"
     for name in want:
-        torch.testing.assert_close(
-            got[name], want[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{quantity} of {name}: {text}"
-        )
+        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=_after(f"{quantity} of {name}:"))
     return got
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from ..errors import CurvatureError, SampledOperationWarning
 from ..graph import Operation
@@ -82,7 +82,7 @@ def _squares(op: Operation, k: int, h: Tensor) -> Waves:
 def _complex_squares(op: Operation, vjp: Callable[[Tensor], list[Tensor]], h: Tensor) -> list[Tensor]:
     """A complex tensor is a pair of real ones; its wave is (h of the real part) + i (h of the imaginary part)."""
     total = [torch.zeros(op.input(group[0]).shape, dtype=op.input(group[0]).dtype) for group in op.groups]
-    parts = [(1.0, h.real), (1j, h.imag)] if h.is_complex() else [(1.0, h)]
+    parts: list[tuple[Any, Tensor]] = [(1.0, h.real), (1j, h.imag)] if h.is_complex() else [(1.0, h)]
     for unit, part in parts:
         for j, weight in enumerate(part.flatten()):
             basis = torch.zeros(h.numel(), dtype=h.dtype)
@@ -142,7 +142,8 @@ def others_fixed(op: Operation, i: int) -> Iterator[None]:
 
     In ``x * tanh(x)`` the saved ``tanh(x)`` leads back to ``x`` as well; equation (2) holds it fixed.
     """
-    task, blocked = torch._C._current_graph_task_id(), {}
+    task = torch._C._current_graph_task_id()
+    blocked: dict[Node, set[int]] = {}
     for node, number in op.edges:
         if node is not None and node.next_functions and (node, number) != op.edges[i]:
             blocked.setdefault(node, set()).add(number)

@@ -65,7 +65,7 @@ def pointwise_rule(op: Operation, g: Tensor | None, h: Tensor | None) -> list[Te
             if len(group) == 1:  # unsummed over broadcast dimensions, hence exact there too
                 waves[group[0]] = ones[group[0]] * pulled[group[0]]  # type: ignore[operator]
             else:
-                waves[group[0]] = sum(ones[i] for i in group) * sum(pulled[i] for i in group)  # type: ignore[misc]
+                waves[group[0]] = sum(ones[i] for i in group) * sum(pulled[i] for i in group)  # type: ignore[misc, call-overload]
     if g is not None:
         _add_bending(op, g, waves)
     return waves
