@@ -27,21 +27,30 @@ def pass_diagonal(op: Operation, g: Waves | None, h: Waves, *variants: str) -> W
         h: diagonal waves at its outputs, ``None`` where zero.
         variants: other waves whose rules are preferred, such as ``"bl89"``.
     """
-    zero = all(wave is None for wave in h)
-    if zero and (g is None or all(v is None for v in g)):
+    g, zero = _unless_zero(g), _unless_zero(h) is None
+    if zero and g is None:
         return ()
     rule = registry.find(op, *variants, "diagonal")
     if rule is None or (op.coincident and not rule.coincident):
         return default(op, g, None if zero else h)
     if rule.outputs == "all":
         waves = rule(op, g, None if zero else h)
-    elif any(wave is not None for wave in (*h[1:], *(g or ())[1:])):
+    elif len(h) > 1 and any(wave is not None for wave in (*h[1:], *(g or ())[1:])):
         return default(op, g, None if zero else h)
     else:
         waves = rule(op, None if g is None else g[0], h[0])
     if waves is None:
         return ()
     return (waves,) if isinstance(waves, Tensor) else waves
+
+
+def _unless_zero(waves: Waves | None) -> Waves | None:
+    if waves is None:
+        return None
+    for wave in waves:
+        if wave is not None:
+            return waves
+    return None
 
 
 def through(

@@ -38,8 +38,8 @@ class Operation:
     ``node._saved_result``. ``op.needs[i]`` says whether input ``i`` leads to a target; only those waves are used.
     """
 
-    def __init__(self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], settings: Any = None):
-        self.node, self.edges, self.needs, self.settings = node, edges, needs, settings
+    def __init__(self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], settings: Any, is_target: bool):
+        self.node, self.edges, self.needs, self.settings, self.is_target = node, edges, needs, settings, is_target
         self.name = node.name()
 
     def __getattr__(self, saved: str) -> Any:
@@ -87,7 +87,7 @@ class Operation:
         if wave.layout is not torch.strided:
             wave = wave.to_dense()
         meta = self.input(i)
-        if wave.shape != meta.shape:
+        if list(wave.shape) != meta.shape:
             wave = wave.sum_to_size(meta.shape)
         if wave.dtype != meta.dtype:
             wave = wave.to(meta.dtype) if meta.dtype.is_complex or not wave.is_complex() else wave.real.to(meta.dtype)
@@ -99,7 +99,8 @@ def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any =
 
     Only nodes from which a target can be reached are listed: frozen layers below the first trained one cost nothing.
     """
-    leading = {node for node, _ in targets}
+    produced = {node for node, _ in targets}
+    leading = set(produced)
     order: list[tuple[Node, tuple[Edge, ...]]] = []
     seen: set[Node] = set()
     stack: list[tuple[Node, tuple[Edge, ...] | None]] = [(root, None) for root in roots]
@@ -116,7 +117,7 @@ def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any =
             stack.extend((child, None) for child, _ in edges if child is not None and child not in seen)
     order.reverse()
     return [
-        Operation(node, edges, tuple(child in leading for child, _ in edges), settings)
+        Operation(node, edges, tuple([child in leading for child, _ in edges]), settings, node in produced)
         for node, edges in order
         if node in leading and edges
     ]

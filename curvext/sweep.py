@@ -78,7 +78,10 @@ class Sweep:
         if task != self.task or self.error is not None:  # another backward pass on the same nodes, or ours has failed
             return
         try:
-            with torch.no_grad():
+            if torch.is_grad_enabled():  # backward(create_graph=True)
+                with torch.no_grad():
+                    self.visit(op, grads)
+            else:
                 self.visit(op, grads)
         except Exception as error:
             self.error = error
@@ -86,15 +89,14 @@ class Sweep:
 
     def visit(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
         """Consume the waves at the operation's outputs and pass them to its inputs."""
-        n = len(op.outputs)
-        incoming = [self.waves.pop((op.node, k), None) for k in range(n)]
+        incoming = [self.waves.pop((op.node, k), None) for k in range(len(grads))]
         for q, quantity in enumerate(self.quantities):
             arrived = [None if waves is None else waves[q] for waves in incoming]
-            for k, wave in enumerate(arrived):
-                if wave is not None and (op.node, k) in self.targets:
-                    self.deliver(self.targets[op.node, k], quantity, wave)
-            if any(op.needs):
-                self._send(op, q, quantity.step(op, grads, arrived))
+            if op.is_target:
+                for k, wave in enumerate(arrived):
+                    if wave is not None and (op.node, k) in self.targets:
+                        self.deliver(self.targets[op.node, k], quantity, wave)
+            self._send(op, q, quantity.step(op, grads, arrived))
 
     def _send(self, op: Operation, q: int, outgoing: Sequence[Any]) -> None:
         for i, wave in enumerate(outgoing):
@@ -105,5 +107,7 @@ class Sweep:
                 if edge in self.targets:
                     self.deliver(self.targets[edge], self.quantities[q], wave)
                 continue
-            waiting = self.waves.setdefault(edge, [None] * len(self.quantities))
+            waiting = self.waves.get(edge)
+            if waiting is None:
+                waiting = self.waves[edge] = [None] * len(self.quantities)
             waiting[q] = wave if waiting[q] is None else self.quantities[q].add(waiting[q], wave)
