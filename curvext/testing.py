@@ -120,6 +120,7 @@ def _compare(
             rtol=rtol,
             atol=atol,
             check_dtype=False,
+            equal_nan=True,
             msg=_after(f"{op.kind}, input {group[0]}, {label}: rule != default."),
         )
 

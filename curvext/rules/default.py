@@ -128,7 +128,7 @@ def _diagonal(op: Operation, i: int, out: Tensor) -> Tensor | None:
             return sum(v * _dense(product(v), v) for v in signs) / draws  # type: ignore[return-value]
         entries = []
         for basis, _ in _rows(out):
-            entries.append((basis * _dense(product(basis, batched=True), basis)).flatten(1).sum(1))
+            entries.append((basis * _dense(product(basis, batched=True), basis)).reshape(len(basis), -1).sum(1))
         return torch.cat(entries).view(out.shape)
 
 

@@ -1,0 +1,82 @@
+"""Rules in the graphs of PyTorch's own operator samples, and how many operators have one throughout."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from curvext import registry
+from curvext.diagonal import pass_diagonal
+from curvext.graph import edge_of
+from curvext.testing import check_operation
+
+from .opdb import differentiable, label, needs_default, recorded
+from .reference import equation_2
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the samples warn about deprecated arguments
+
+# Samples whose reference, not whose rule, fails; with the reason.
+NO_REFERENCE = {"as_strided.partial_views": "reads outside of a copied leaf"}
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=label(op)) for op in differentiable()])
+def test_operator(op):
+    if label(op) in NO_REFERENCE:
+        pytest.skip(NO_REFERENCE[label(op)])
+    generator = torch.Generator().manual_seed(0)
+    unruled = set()
+    for sample in recorded(op):
+        for operation in sample.operations:
+            if needs_default(operation):
+                unruled.add(operation.kind)
+            elif registry.find(operation, "diagonal").how != "refused":
+                check_operation(operation, generator, rtol=1e-7, atol=1e-8)
+        one_step_equals_autograd_functional(sample, generator)
+    if unruled:
+        pytest.skip(f"by the default: {sorted(map(str, unruled))}")
+
+
+def one_step_equals_autograd_functional(sample, generator):
+    """Equation (2) from Jacobian and Hessian, for samples that are one operation with one output."""
+    (op, *more), ys = sample.operations, sample.function(*sample.leaves)
+    if (
+        not ys[0].numel()
+        or more
+        or len(op.outputs) > 1
+        or op.coincident
+        or needs_default(op)
+        or ys[0].numel() > 40
+        or not _real(op, ys[0])
+    ):
+        return
+    g, h = (torch.randn(ys[0].shape, dtype=ys[0].dtype, generator=generator) for _ in range(2))
+    waves = pass_diagonal(op, [g], [h])
+    position = {edge_of(leaf): k for k, leaf in enumerate(sample.leaves)}
+    for i, wave in enumerate(waves):
+        if wave is not None and op.needs[i]:
+            k = position[op.edges[i]]
+            want = equation_2(lambda *leaves: sample.function(*leaves)[0], sample.leaves, k, g, h)
+            torch.testing.assert_close(op.reduced(wave, i), want, rtol=1e-7, atol=1e-8)
+
+
+def _real(op, y):
+    return y.dtype.is_floating_point and all(
+        not op.input(i).dtype.is_complex for i in range(len(op.edges)) if op.needs[i]
+    )
+
+
+def test_how_many_operators_have_rules_throughout(capsys):
+    entries = differentiable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graphs = {
+            label(op): [o for sample in recorded(op) for o in sample.operations]
+            for op in entries
+            if label(op) not in NO_REFERENCE
+        }
+    ruled = [name for name, ops in graphs.items() if ops and not any(map(needs_default, ops))]
+    with capsys.disabled():
+        print(f"\nop_db: {len(ruled)} of {len(entries)} differentiable operators by rules throughout")
+    assert len(ruled) >= 300
