@@ -13,6 +13,7 @@ Entries of a broadcast input may be left unsummed: the sweep sums them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ class Rule:
     outputs: str = "first"  # or "all"
     coincident: bool = False  # right also when one tensor enters the operation twice
     doc: str = ""
+    family: str = ""  # the file that registered it
 
     def __call__(self, op: Operation, g: Any, h: Any) -> Any:
         return self.function(op, g, h)
@@ -61,15 +63,25 @@ def rule(
         ValueError: if one of the operations has a rule already.
     """
 
+    family = _caller()
+
     def register(function: F) -> F:
         doc = (function.__doc__ or "").strip().split("\n")[0]
         for operation in operations:
             if (operation, wave) in RULES:
                 raise ValueError(f"{operation} already has a rule for the {wave} wave; use curvext.unregister first")
-            RULES[operation, wave] = Rule(function, how, outputs, coincident, doc)
+            RULES[operation, wave] = Rule(function, how, outputs, coincident, doc, family)
         return function
 
     return register
+
+
+def _caller() -> str:
+    """The module whose row registers a rule, looking past the constructors of rules/structure.py."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals["__name__"].endswith((".structure", ".registry")):
+        frame = frame.f_back
+    return str(frame.f_globals["__name__"]).rsplit(".", 1)[-1]
 
 
 def unregister(operation: Any, wave: str = "diagonal") -> Rule:

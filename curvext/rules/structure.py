@@ -1,6 +1,6 @@
 """Constructors of rules: operations of one structure share one rule.
 
-* ``selection``: every output entry is a copy of an input entry (views, gathers, max pooling): J∘J = J.
+* ``selection``: every entry of J is 0 or 1 (views, gathers, sums, max pooling): J∘J = J.
 * ``scaling``: every input entry feeds at most one output entry, linearly (means, dropout): (J∘J)ᵀ h = Jᵀ1 ∘ Jᵀh.
 * ``pointwise``: every input entry feeds one output entry: both terms of (2) from two products, no formula.
 * ``elementwise``: y = φ(x), with φ' and φ'' given as formulas.
@@ -24,17 +24,17 @@ Derivative = Callable[..., Tensor]
 
 
 def selection(*names: str, outputs: str = "first") -> None:
-    """y is a selection of the entries of x, so J∘J = J and h_x = Jᵀ h; nothing bends."""
+    """Every entry of J is 0 or 1, so J∘J = J and h_x = Jᵀ h; nothing bends."""
     rule(*names, how="closed form", outputs=outputs, coincident=True)(select_all if outputs == "all" else select)
 
 
 def select(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
-    """A selection of entries: h_x = Jᵀ h."""
+    """J has entries 0 and 1, so J∘J = J: h_x = Jᵀ h."""
     return None if h is None else op.vjp(h, *[None] * (len(op.outputs) - 1))
 
 
 def select_all(op: Operation, g: Any, h: Sequence[Tensor | None] | None) -> Any:
-    """A selection of entries, several outputs: h_x = Jᵀ h."""
+    """J has entries 0 and 1, so J∘J = J: h_x = Jᵀ h."""
     return None if h is None else op.vjp(*h)
 
 

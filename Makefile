@@ -1,0 +1,51 @@
+# `make demo` and `make test` work on a fresh machine with Python >= 3.10 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+WORKERS ?= 2
+JUNK := build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint docs bench clean
+
+help: ## list what make can do
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)" "setuptools>=64" wheel
+
+$(VENV)/.demo: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
+	@touch $@
+
+# torchvision asks for its own build of torch, so it comes without dependencies
+$(VENV)/.test: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,demo,lint,docs]"
+	$(BIN)/python -m pip install -q --no-deps "$(TORCHVISION)"
+	@touch $@
+
+demo: $(VENV)/.demo ## train on real data: quality, progress and cost of HesScale; pictures in demo-output/
+	$(BIN)/python -m curvext demo $(ARGS)
+
+test: $(VENV)/.test ## all tests, the examples in the docs included
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.test ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+docs: $(VENV)/.test ## regenerate docs/support.md and run every example
+	$(BIN)/python -m curvext support docs/support.md
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+bench: $(VENV)/.test ## cost and quality benchmarks; JSON in benchmarks/results/
+	$(BIN)/python benchmarks/hesscale_cost.py
+	$(BIN)/python benchmarks/hesscale_quality.py
+
+clean: ## remove what the above made
+	rm -rf $(VENV) $(JUNK)
