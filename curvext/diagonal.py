@@ -68,24 +68,18 @@ def through(
         g, h: gradient and wave at each of the results, ``None`` where zero; ``g=None`` leaves out the second term
             of equation (2) in every step.
     """
-    waves: dict[int, Tensor] = {}
-
-    def deliver(i: int, _: Quantity, wave: Tensor) -> None:
-        waves[i] = wave if i not in waves else waves[i] + wave
-
     kept = [k for k, y in enumerate(results) if y is not None and y.requires_grad]
     ys: list[Any] = [results[k] for k in kept]
     carrier = _Through(residual=g is not None)
     targets = {edge_of(x): i for i, x in enumerate(inputs) if x is not None and x.requires_grad}
-    sweep = Sweep((edge_of(y)[0] for y in ys), targets, (carrier,), deliver, settings)  # type: ignore[arg-type]
-    for k, y in zip(kept, ys, strict=True):
-        if h is not None and h[k] is not None:
-            sweep.waves[edge_of(y)] = [h[k]]  # type: ignore[arg-type]
+    seeds = {edge_of(y): [h[k]] for k, y in zip(kept, ys, strict=True) if h is not None and h[k] is not None}
+    sweep = Sweep((edge_of(y)[0] for y in ys), targets, (carrier,), settings, seeds)
     gs: list[Any] = [torch.zeros_like(y) if g is None or g[k] is None else g[k] for k, y in zip(kept, ys, strict=True)]
     with sweep:
         torch.autograd.grad(ys, [x for x in inputs if x is not None and x.requires_grad], gs, allow_unused=True)
     if sweep.error is not None:
         raise sweep.error
+    waves: dict[int, Tensor] = {targets[edge]: wave for edge, (wave,) in sweep.results.items()}
     return [waves.get(i) for i in range(len(inputs))]
 
 

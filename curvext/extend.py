@@ -78,19 +78,24 @@ class extend(TorchFunctionMode):
         enumerate_up_to: int = 256,
     ):
         super().__init__()
-        self.names = _named_tensors(model)
+        self.model = _kept(model)
+        _trained(_named(self.model))
         self.quantities = _checked(quantities or (HesScale(),))
         if probes < 1 or enumerate_up_to < 0:
             raise ValueError(f"extend: probes must be >= 1 and enumerate_up_to >= 0, got {probes}, {enumerate_up_to}")
         self.options = {"generator": generator, "probes": probes, "enumerate_up_to": enumerate_up_to}
 
     def __enter__(self) -> Curvature:  # type: ignore[override]
+        if hasattr(self, "results"):
+            raise CurvatureError("extend: this block is running already; a block inside it needs its own extend(...)")
+        named = _named(self.model)  # afresh: parameters may have been frozen or replaced since the last block
+        self.tensors = _trained(named)
+        for tensor in named.values():
+            for quantity in self.quantities:
+                tensor.__dict__.pop(quantity.savefield, None)
         self.settings = Settings(**self.options)  # type: ignore[arg-type]
         self.results = Curvature([quantity.savefield for quantity in self.quantities])
         self.backwards = 0
-        for tensor in self.names.values():
-            for quantity in self.quantities:
-                tensor.__dict__.pop(quantity.savefield, None)
         super().__enter__()
         return self.results
 
@@ -99,7 +104,7 @@ class extend(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)
         results, backwards = self.results, self.backwards
-        del self.settings, self.results, self.backwards
+        del self.tensors, self.settings, self.results, self.backwards
         if kind is None and not backwards:
             raise CurvatureError(
                 f"extend: no backward() ran inside the block, so there is no {', '.join(results)}. Call "
@@ -125,79 +130,117 @@ class extend(TorchFunctionMode):
         arguments = {"gradient": gradient, "retain_graph": retain_graph, "create_graph": create_graph, "inputs": inputs}
         if loss.grad_fn is None:
             return loss.backward(**arguments)  # torch's own error, or a leaf, which has no curvature
-        selected = _selected(self.names, inputs)
-        targets: dict[Edge, list[str]] = {}
-        for name, tensor in selected.items():
-            targets.setdefault(edge_of(tensor), []).append(name)
-        exact = self._whole_graph(loss, gradient, selected)
+        names = self._targets(inputs)
         carried = [quantity for quantity in self.quantities if isinstance(quantity, Quantity)]
-        sweep = Sweep([loss.grad_fn], targets, carried, self._keep, self.settings)
-        reached = bool(sweep.operations)
+        sweep = Sweep([loss.grad_fn], names, carried, self.settings)
+        products, failure = self._products(loss, gradient, names)
         try:
             with sweep:
                 loss.backward(**arguments)
         except CheckpointError as error:
             raise CurvatureError(_CHECKPOINTED) from error
-        for failure in (exact, sweep.error):
-            if failure is not None:
-                raise failure
-        if not reached:
-            raise CurvatureError(
-                f"extend: the loss does not depend on any of the {len(self.names)} tensors given "
-                f"({', '.join(list(self.names)[:3])}, ...). Pass the model that the loss was computed with."
-            )
+        if failure is not None:
+            raise failure
+        if sweep.error is not None:
+            raise _located(sweep.error, sweep.where) from sweep.error
+        if not sweep.results:
+            raise CurvatureError(_unreached(self.tensors, names))
+        for edge, waves in sweep.results.items():
+            for quantity, wave in (*zip(carried, waves, strict=True), *products.get(edge, ())):
+                self._keep(names[edge], quantity, wave)
 
-    def _whole_graph(self, loss: Tensor, gradient: Tensor | None, selected: dict[str, Tensor]) -> Exception | None:
+    def _targets(self, inputs: Any) -> dict[Edge, list[str]]:
+        """The names of every tensor to follow: all, or those that ``backward(inputs=...)`` asks for."""
+        asked = None if inputs is None else {id(t) for t in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+        targets: dict[Edge, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            if asked is None or id(tensor) in asked:
+                targets.setdefault(edge_of(tensor), []).append(name)
+        return targets
+
+    def _products(
+        self, loss: Tensor, gradient: Tensor | None, names: Mapping[Edge, list[str]]
+    ) -> tuple[dict[Edge, list[tuple[WholeGraph, Any]]], CurvatureError | None]:
+        """What needs the whole graph, before the backward pass frees it; a failure must not cost the gradients."""
+        found: dict[Edge, list[tuple[WholeGraph, Any]]] = {}
+        tensors = [self.tensors[first] for first, *_ in names.values()]
         try:
             for quantity in self.quantities:
                 if isinstance(quantity, WholeGraph):
-                    values = quantity.compute(loss, gradient, list(selected.values()))
-                    for name, value in zip(selected, values, strict=True):
-                        if value is not None:
-                            self._keep([name], quantity, value)
+                    for edge, value in zip(names, quantity.compute(loss, gradient, tensors), strict=True):
+                        found.setdefault(edge, []).append((quantity, value))
         except CurvatureError as error:
-            return error
-        return None
+            return {}, error
+        return found, None
 
     def _keep(self, names: Sequence[str], quantity: Quantity | WholeGraph, value: Any) -> None:
         """Add what has arrived at one tensor to its result; a tensor may have several names."""
-        results = self.results[quantity.savefield]
+        results, tensor = self.results[quantity.savefield], self.tensors[names[0]]
+        if value is None:
+            value = quantity.zero(tensor)
         if names[0] in results:
             value = quantity.add(results[names[0]], value)
         for name in names:
             results[name] = value
-        setattr(self.names[names[0]], quantity.savefield, value)
+        setattr(tensor, quantity.savefield, value)
 
 
 _CHECKPOINTED = (
     "extend: this graph uses activation checkpointing, which lets a saved tensor be read only once, so curvature "
-    "cannot be computed along with the gradient. Run this step without torch.utils.checkpoint."
+    "cannot be computed along with the gradient, and the gradients of this step are incomplete. Run this step without "
+    "torch.utils.checkpoint."
 )
 
 
-def _selected(names: dict[str, Tensor], inputs: Any) -> dict[str, Tensor]:
-    """The named tensors, or those of them that ``backward(inputs=...)`` asks for."""
-    if inputs is None:
-        return names
-    asked = {id(t) for t in ([inputs] if isinstance(inputs, Tensor) else inputs)}
-    return {name: tensor for name, tensor in names.items() if id(tensor) in asked}
+def _located(error: Exception, where: tuple[Any, Any] | None) -> CurvatureError:
+    """The error of a rule or of the default, with the place in the model and a remedy."""
+    operation, names = where or ("unknown", None)
+    kind = operation if isinstance(operation, str) else operation.__name__
+    place = f"operation {kind}, nearest parameter {names[0] if names else 'unknown'}: "
+    if isinstance(error, CurvatureError):
+        return CurvatureError(f"{place}{error}")
+    return CurvatureError(
+        f"{place}its curvature rule failed with {type(error).__name__}: {error}. Gradients are as without the "
+        "block. Compare the rule with the default by curvext.testing.check_rule, or remove it with curvext.unregister, "
+        "and the default takes its place."
+    )
 
 
-def _named_tensors(model: Target) -> dict[str, Tensor]:
+def _unreached(tensors: Mapping[str, Tensor], asked: Mapping[Edge, Any]) -> str:
+    few = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
+    if not tensors:
+        return "extend: none of the tensors given requires a gradient, so there is nothing to compute curvature for."
+    if not asked:
+        return f"extend: backward(inputs=...) names none of the {len(tensors)} tensors given to extend ({few})."
+    return (
+        f"extend: the loss does not depend on any of the {len(tensors)} tensors given to extend ({few}). Pass the "
+        "model that the loss was computed with."
+    )
+
+
+def _kept(model: Target) -> Any:
+    """What ``extend`` was given, in a form that can be read again for every block."""
+    if isinstance(model, (nn.Module, Mapping, Tensor)):
+        return model
+    if isinstance(model, Iterable):
+        return list(model)
+    raise TypeError(f"extend: expected a module, a mapping or an iterable of tensors, got {type(model).__name__}")
+
+
+def _named(model: Any) -> dict[str, Tensor]:
     if isinstance(model, nn.Module):
-        named: dict[Any, Any] = dict(model.named_parameters())
-    elif isinstance(model, Mapping):
-        named = dict(model)
-    elif isinstance(model, Tensor):
-        named = {"0": model}
-    elif isinstance(model, Iterable):
-        named = {str(i): tensor for i, tensor in enumerate(model)}
-    else:
-        raise TypeError(f"extend: expected a module, a mapping or an iterable of tensors, got {type(model).__name__}")
+        return dict(model.named_parameters())
+    if isinstance(model, Tensor):
+        return {"0": model}
+    return dict(model) if isinstance(model, Mapping) else {str(i): tensor for i, tensor in enumerate(model)}
+
+
+def _trained(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the named tensors that require a gradient."""
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"extend: expected a tensor for {name!r}, got {type(tensor).__name__}")
-        if tensor.is_complex():
+        if tensor.is_complex() and tensor.requires_grad:
             raise CurvatureError(
                 f"extend: parameter {name!r} is complex ({tensor.dtype}); its curvature is not one number an entry. "
                 "Use a real parameter and torch.view_as_complex."

@@ -6,7 +6,7 @@ An *operation* is one autograd node. Its outputs are numbered; its differentiabl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -121,3 +121,19 @@ def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any =
         for node, edges in order
         if node in leading and edges
     ]
+
+
+def nearest(node: Node, targets: Mapping[Edge, Any]) -> Any:
+    """What ``targets`` holds for the target with the fewest operations between ``node`` and it; for messages."""
+    level, seen = [node], {node}
+    while level:
+        below: list[Node] = []
+        for parent in level:
+            for edge in cast(tuple[Edge, ...], parent.next_functions):
+                if edge in targets:
+                    return targets[edge]
+                if edge[0] is not None and edge[0] not in seen:
+                    seen.add(edge[0])
+                    below.append(edge[0])
+        level = below
+    return None

@@ -5,7 +5,7 @@ This is the only place with hooks and state. Rules hold maths only; quantities k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .graph import Edge, Operation, operations
+from .graph import Edge, Operation, nearest, operations
 from .quantities.base import Quantity
 
 
@@ -38,9 +38,9 @@ class Settings:
 class Sweep:
     """Hooks on the graph under ``roots`` that carry one wave per quantity down to the targets.
 
-    Use as a context around the backward pass. ``deliver(target, quantity, wave)`` is called with every wave that
-    reaches a target; several waves to one target are to be added. An error in a rule stops the sweep, not the backward
-    pass: gradients come out as without a sweep, and :attr:`error` holds what went wrong.
+    Use as a context around the backward pass; then :attr:`results` holds, for every target below the roots, one wave
+    per quantity (``None``: zero). An error in a rule stops the sweep, not the backward pass: gradients come out as
+    without a sweep, :attr:`error` holds what went wrong, and :attr:`where` the operation and the target nearest below.
     """
 
     def __init__(
@@ -48,15 +48,19 @@ class Sweep:
         roots: Iterable[Node],
         targets: Mapping[Edge, Any],
         quantities: Sequence[Quantity],
-        deliver: Callable[[Any, Quantity, Any], None],
         settings: Settings,
+        seeds: Mapping[Edge, list[Any]] | None = None,
     ):
-        self.operations = operations(roots, targets, settings)
-        self.targets, self.quantities, self.deliver = targets, quantities, deliver
+        self.roots = frozenset(roots)
+        self.operations = operations(self.roots, targets, settings)
+        self.targets, self.quantities, self.seeds = targets, quantities, dict(seeds or {})
         self.waves: dict[Edge, list[Any]] = {}
+        self.results: dict[Edge, list[Any]] = {}
         self.handles: list[Any] = []
         self.task: int | None = None
+        self.visiting = False
         self.error: Exception | None = None
+        self.where: tuple[Any, Any] | None = None
 
     def __enter__(self) -> Sweep:
         for op in self.operations:
@@ -66,17 +70,24 @@ class Sweep:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles.clear()
-        self.operations.clear()
-        self.waves.clear()
+        # a target whose own node did not run: not a leaf, and named by backward(inputs=...)
+        self.results.update({edge: waves for edge, waves in self.waves.items() if edge in self.targets})
+        if len(self.results) < len(self.targets):  # reached by linear operations alone
+            for edge in {edge for op in self.operations for edge in op.edges if edge in self.targets}:
+                self.results.setdefault(edge, [None] * len(self.quantities))
+        for held in (self.handles, self.operations, self.waves, self.seeds):
+            held.clear()
 
     def _prehook(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
         """Runs with the complete gradient of the node's outputs; nodes run in topological order."""
         task = torch._C._current_graph_task_id()
-        if self.task is None:
-            self.task = task
-        if task != self.task or self.error is not None:  # another backward pass on the same nodes, or ours has failed
+        if task != self.task:
+            if self.visiting or op.node not in self.roots:  # another backward pass on some of the same nodes
+                return
+            self._start(task)
+        if self.error is not None:
             return
+        self.visiting = True  # a rule may differentiate the node, which passes through it again
         try:
             if torch.is_grad_enabled():  # backward(create_graph=True)
                 with torch.no_grad():
@@ -84,8 +95,16 @@ class Sweep:
             else:
                 self.visit(op, grads)
         except Exception as error:
-            self.error = error
+            self.error, self.where = error, (op.kind, nearest(op.node, self.targets))
             self.waves.clear()
+        finally:
+            self.visiting = False
+
+    def _start(self, task: int) -> None:
+        """Begin at a root; if a backward pass ran before ours (products of a quantity of another block), forget it."""
+        self.task, self.error = task, None
+        self.waves = {edge: list(waves) for edge, waves in self.seeds.items()}
+        self.results = {}
 
     def visit(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
         """Consume the waves at the operation's outputs and pass them to its inputs."""
@@ -95,7 +114,7 @@ class Sweep:
             if op.is_target:
                 for k, wave in enumerate(arrived):
                     if wave is not None and (op.node, k) in self.targets:
-                        self.deliver(self.targets[op.node, k], quantity, wave)
+                        self._add(self.results, (op.node, k), q, wave)
             self._send(op, q, quantity.step(op, grads, arrived))
 
     def _send(self, op: Operation, q: int, outgoing: Sequence[Any]) -> None:
@@ -103,11 +122,13 @@ class Sweep:
             if wave is None or not op.needs[i]:
                 continue
             edge, wave = op.edges[i], op.reduced(wave, i)
-            if not edge[0].next_functions:  # a leaf: nothing passes below it
-                if edge in self.targets:
-                    self.deliver(self.targets[edge], self.quantities[q], wave)
-                continue
-            waiting = self.waves.get(edge)
-            if waiting is None:
-                waiting = self.waves[edge] = [None] * len(self.quantities)
-            waiting[q] = wave if waiting[q] is None else self.quantities[q].add(waiting[q], wave)
+            if edge[0].next_functions:
+                self._add(self.waves, edge, q, wave)
+            elif edge in self.targets:  # a leaf: nothing passes below it
+                self._add(self.results, edge, q, wave)
+
+    def _add(self, waves: dict[Edge, list[Any]], edge: Edge, q: int, wave: Any) -> None:
+        waiting = waves.get(edge)
+        if waiting is None:
+            waiting = waves[edge] = [None] * len(self.quantities)
+        waiting[q] = wave if waiting[q] is None else self.quantities[q].add(waiting[q], wave)

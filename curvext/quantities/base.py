@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..graph import Operation
@@ -20,6 +21,10 @@ class _Saved(ABC):
     def add(self, a: Any, b: Any) -> Any:
         """The wave of a tensor that is used twice, and of one block's several backward passes."""
         return a + b
+
+    def zero(self, target: Tensor) -> Any:
+        """The result for a tensor in which the loss is linear, so that no wave reaches it."""
+        return torch.zeros_like(target, requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -41,4 +46,4 @@ class WholeGraph(_Saved):
 
     @abstractmethod
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """One result for each target; ``scale`` is the ``gradient`` argument of ``backward``."""
+        """One result for each target (``None``: zero); ``scale`` is the ``gradient`` argument of ``backward``."""

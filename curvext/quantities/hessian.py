@@ -39,7 +39,7 @@ class DiagHessian(WholeGraph):
 
     def _diagonal(self, gradient: Tensor, x: Tensor) -> Tensor:
         if not gradient.requires_grad:
-            return torch.zeros_like(x)
+            return torch.zeros_like(x, requires_grad=False)
         entries = [self._entries(gradient, x, start) for start in range(0, x.numel(), self.chunk)]
         return torch.cat(entries).view(x.shape)
 
