@@ -49,9 +49,9 @@ def mul(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | list[Tenso
         return pointwise_rule(op, g, h)
     if h is None:
         return None
-    return (
-        h * op.other.square() if op.needs[0] else None,
-        h * op.self.square() if len(op.needs) > 1 and op.needs[1] else None,
+    return (  # a saved Python number is a tensor whose own square would be computed in the default dtype
+        h * op.other * op.other if op.needs[0] else None,
+        h * op.self * op.self if len(op.needs) > 1 and op.needs[1] else None,
     )
 
 
