@@ -30,8 +30,8 @@ def pass_diagonal(op: Operation, g: Waves | None, h: Waves, *variants: str) -> W
     g, zero = _unless_zero(g), _unless_zero(h) is None
     if zero and g is None:
         return ()
-    rule = registry.find(op, *variants, "diagonal")
-    if rule is None or (op.coincident and not rule.coincident):
+    rule = registry.find_diagonal(op, *variants)
+    if rule is None:
         return default(op, g, None if zero else h)
     if rule.outputs == "all":
         waves = rule(op, g, None if zero else h)

@@ -64,6 +64,14 @@ class Operation:
         return cast(Any, node)._input_metadata[number]
 
     @property
+    def is_complex(self) -> bool:
+        """Whether a needed input or an output is complex: such a tensor counts as a pair of real ones."""
+        for meta in self.outputs:
+            if meta.dtype.is_complex:
+                return True
+        return any(self.input(i).dtype.is_complex for i, needed in enumerate(self.needs) if needed)
+
+    @property
     def groups(self) -> list[list[int]]:
         """The needed inputs, those that are one and the same tensor (``x * x``) together."""
         by_edge: dict[Edge, list[int]] = {}

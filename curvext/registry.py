@@ -52,7 +52,8 @@ def rule(
 
     Args:
         operations: names of autograd nodes (``"TanhBackward0"``) or subclasses of ``torch.autograd.Function``.
-        wave: what the rule passes on, ``"diagonal"`` or a variant of it such as ``"bl89"``.
+        wave: what the rule passes on, ``"diagonal"`` or a variant of it such as ``"bl89"``; ``"complex"`` is the
+            diagonal wave of operations with complex inputs or outputs, which no other rule is asked for.
         how: ``"closed form"``, ``"structure"`` (exact from the node's own derivatives, because of a declared
             structure), ``"decomposed"`` (a fused kernel: equation (2) is applied to each of its steps), or
             ``"refused"`` (the function raises).
@@ -96,6 +97,12 @@ def find(op: Operation, *waves: str) -> Rule | None:
         if found is not None:
             return found
     return None
+
+
+def find_diagonal(op: Operation, *variants: str) -> Rule | None:
+    """The rule by which the diagonal wave, or one of ``variants`` of it, passes this operation."""
+    found = find(op, "complex") if op.is_complex else find(op, *variants, "diagonal")
+    return None if found is None or (op.coincident and not found.coincident) else found
 
 
 def registered(wave: str = "diagonal") -> Iterator[tuple[Any, Rule]]:

@@ -46,7 +46,8 @@ def check_rule(
         inputs: leaves; those that require a gradient are followed. Use float64 and few entries.
 
     Returns:
-        The operations (node names or ``autograd.Function`` classes) whose rule was checked.
+        The operations (node names or ``autograd.Function`` classes) whose rule was checked; on complex tensors,
+        ``(name, "complex")``.
 
     Raises:
         AssertionError: naming the operation, the input and the terms that differ.
@@ -58,17 +59,17 @@ def check_rule(
     generator = torch.Generator().manual_seed(seed)
     checked = set()
     for op in operations(roots, targets, Settings(enumerate_up_to=EXACT)):
-        rule = registry.find(op, "diagonal")
-        if rule is None or rule.how == "refused" or (op.coincident and not rule.coincident):
+        rule = registry.find_diagonal(op)
+        if rule is None or rule.how == "refused":
             continue
         check_operation(op, generator, rtol, atol)
-        checked.add(op.kind)
+        checked.add((op.kind, "complex") if op.is_complex else op.kind)
     return checked
 
 
 def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-9, atol: float = 1e-10) -> None:
     """Compare the rule of one recorded operation with the default (its steps with theirs, if it is decomposed)."""
-    rule = registry.find(op, "diagonal")
+    rule = registry.find_diagonal(op)
     assert rule is not None, f"{op.kind} has no rule"
     every = len(op.outputs) if rule.outputs == "all" else 1
     g, h = _draw(op, every, generator), _draw(op, every, generator)

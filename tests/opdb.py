@@ -88,5 +88,4 @@ def _leaf(t: Any) -> bool:
 
 def needs_default(op: Operation) -> bool:
     """Whether the default applies: no rule, or one tensor enters twice and the rule does not say it is right then."""
-    rule = registry.find(op, "diagonal")
-    return rule is None or (op.coincident and not rule.coincident)
+    return registry.find_diagonal(op) is None

@@ -58,19 +58,16 @@ def _explained(op: Operation) -> Iterator[None]:
 
 def _squares(op: Operation, k: int, h: Tensor) -> Waves:
     """(J∘J)ᵀ h for output k: Σ over rows of J, or the product of two random combinations of them."""
+    pairs = h.is_complex()
+    h = _as_real(h)
 
     def vjp(v: Tensor) -> list[Tensor]:
+        v = torch.view_as_complex(v) if pairs else v
         rows = op.vjp(*(v if j == k else None for j in range(len(op.outputs))))
-        return [_merged(op, group, rows) for group in op.groups]
+        return [_as_real(_merged(op, group, rows)) for group in op.groups]
 
     if _enumerable(op, h.numel()):
-        total = [torch.zeros(op.input(group[0]).shape, dtype=h.dtype, device=h.device) for group in op.groups]
-        if h.is_complex() or any(op.input(group[0]).dtype.is_complex for group in op.groups):
-            return _spread(op, _complex_squares(op, vjp, h))
-        for basis, weights in _rows(h):
-            for t, rows in zip(total, _batched(vjp, basis), strict=True):
-                t += torch.einsum("v,v...->...", weights, rows**2)
-        return _spread(op, total)
+        return _spread(op, _enumerated(vjp, h))
     root, draws = h.abs().sqrt(), op.settings.probes
     estimates = []
     for _ in range(draws):
@@ -79,20 +76,17 @@ def _squares(op: Operation, k: int, h: Tensor) -> Waves:
     return _spread(op, [sum(e) / draws for e in zip(*estimates, strict=True)])
 
 
-def _complex_squares(op: Operation, vjp: Callable[[Tensor], list[Tensor]], h: Tensor) -> list[Tensor]:
+def _enumerated(vjp: Callable[[Tensor], list[Tensor]], h: Tensor) -> list[Tensor]:
+    total: list[Any] = []
+    for basis, weights in _rows(h):
+        squares = [torch.einsum("v,v...->...", weights.to(rows.dtype), rows**2) for rows in _batched(vjp, basis)]
+        total = [a + b for a, b in zip(total, squares, strict=True)] if total else squares
+    return total or vjp(h)
+
+
+def _as_real(x: Tensor) -> Tensor:
     """A complex tensor is a pair of real ones; its wave is (h of the real part) + i (h of the imaginary part)."""
-    total = [torch.zeros(op.input(group[0]).shape, dtype=op.input(group[0]).dtype) for group in op.groups]
-    parts: list[tuple[Any, Tensor]] = [(1.0, h.real), (1j, h.imag)] if h.is_complex() else [(1.0, h)]
-    for unit, part in parts:
-        for j, weight in enumerate(part.flatten()):
-            basis = torch.zeros(h.numel(), dtype=h.dtype)
-            basis[j] = unit
-            for t, row in zip(total, vjp(basis.view(h.shape)), strict=True):
-                if t.is_complex():
-                    t += weight * torch.complex(row.real**2, row.imag**2)
-                else:
-                    t += weight * (row.real if row.is_complex() else row) ** 2
-    return total
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
@@ -103,7 +97,7 @@ def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
         for group in op.groups:
             # summed before differentiating, as one tensor may fill several inputs
             out = _merged(op, group, outs)
-            bend = _diagonal(op, group[0], out) if out.requires_grad else None
+            bend = _diagonal(op, group[0], _as_real(out)) if out.requires_grad else None
             # a linear operation leaves no wave, so that the topmost nonlinear one can be told (Gauss-Newton)
             result.append(bend if bend is not None and bool(bend.any()) else None)
     return _spread(op, result)
@@ -114,14 +108,13 @@ def _diagonal(op: Operation, i: int, out: Tensor) -> Tensor | None:
     edge = GradientEdge(*op.edges[i])
 
     def product(v: Tensor, batched: bool = False) -> Tensor | None:
-        return torch.autograd.grad(out, edge, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)[0]
+        found = torch.autograd.grad(out, edge, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)[0]
+        return None if found is None else _as_real(found)
 
     with others_fixed(op, i):
         probe = torch.zeros_like(out)
         if product(probe) is None:
             return None
-        if out.is_complex():
-            raise CurvatureError(f"{op.name} is a nonlinear operation of complex numbers; register a rule for it")
         if not _enumerable(op, out.numel()):
             draws = op.settings.probes
             signs = [op.settings.signs(out) for _ in range(draws)]
@@ -176,7 +169,8 @@ def _merged(op: Operation, group: list[int], rows: Sequence[Tensor | None]) -> T
 def _spread(op: Operation, per_group: Sequence[Tensor | None]) -> Waves:
     waves: Waves = [None] * len(op.edges)
     for group, wave in zip(op.groups, per_group, strict=True):
-        waves[group[0]] = wave
+        pairs = wave is not None and op.input(group[0]).dtype.is_complex
+        waves[group[0]] = torch.view_as_complex(wave.contiguous()) if pairs else wave  # type: ignore[union-attr]
     return waves
 
 
