@@ -141,13 +141,16 @@ class extend(TorchFunctionMode):
             raise CurvatureError(_CHECKPOINTED) from error
         if failure is not None:
             raise failure
+        if isinstance(sweep.error, Warning):  # warnings are errors
+            raise sweep.error
         if sweep.error is not None:
             raise _located(sweep.error, sweep.where) from sweep.error
         if not sweep.results:
             raise CurvatureError(_unreached(self.tensors, names))
-        for edge, waves in sweep.results.items():
-            for quantity, wave in (*zip(carried, waves, strict=True), *products.get(edge, ())):
-                self._keep(names[edge], quantity, wave)
+        for edge in names:
+            if edge in sweep.results:
+                for quantity, wave in (*zip(carried, sweep.results[edge], strict=True), *products.get(edge, ())):
+                    self._keep(names[edge], quantity, wave)
 
     def _targets(self, inputs: Any) -> dict[Edge, list[str]]:
         """The names of every tensor to follow: all, or those that ``backward(inputs=...)`` asks for."""

@@ -43,7 +43,10 @@ class Operation:
         self.name = node.name()
 
     def __getattr__(self, saved: str) -> Any:
-        return _signed(getattr(self.__dict__["node"], "_saved_" + saved))
+        node = self.__dict__["node"]
+        if hasattr(type(node), "_forward_cls"):
+            return getattr(node, saved)
+        return _signed(getattr(node, "_saved_" + saved))
 
     def __repr__(self) -> str:
         return f"Operation({self.name})"
@@ -52,6 +55,11 @@ class Operation:
     def kind(self) -> Any:
         """What rules are registered for: the node's name, or the class of a Python ``autograd.Function``."""
         return getattr(type(self.node), "_forward_cls", self.name)
+
+    @property
+    def is_python(self) -> bool:
+        """Whether this is a Python ``autograd.Function``; then what its ``ctx`` held reads as an attribute."""
+        return hasattr(type(self.node), "_forward_cls")
 
     @property
     def outputs(self) -> tuple[Any, ...]:
@@ -87,8 +95,22 @@ class Operation:
 
     def vjp(self, *v: Tensor | None) -> tuple[Tensor | None, ...]:
         """``Jᵀ v`` for every input; broadcast inputs are not summed to their shape yet."""
+        if self.is_python:
+            return self._python_vjp(v)
         result = cast(Any, self.node)(*v)
         return result if isinstance(result, tuple) else (result,)
+
+    def _python_vjp(self, v: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The backward of a Python function; it may write into what it is given, and may not expect ``None``."""
+        given = [
+            torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if t is None else t.clone()
+            for t, meta in zip(v, self.outputs, strict=True)
+        ]
+        result = cast(Any, self.node).apply(*given)
+        result = result if isinstance(result, tuple) else (result,)
+        needed = cast(Any, self.node).needs_input_grad  # one for every argument, edges only for tensors
+        wanted = iter([t for t, need in zip(result, needed, strict=False) if need])
+        return tuple(None if node is None else next(wanted) for node, _ in self.edges)
 
     def reduced(self, wave: Tensor, i: int) -> Tensor:
         """A wave as it belongs to input ``i``: broadcast dimensions summed, its dtype, dense."""

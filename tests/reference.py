@@ -35,3 +35,26 @@ def split(diagonal: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """A vector over all parameters, in their shapes."""
     pieces = diagonal.split([p.numel() for p in parameters])
     return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+def hessian_diagonal(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The diagonal of the Hessian of loss(), in the parameters' shapes."""
+    return split(hessian(loss, parameters).diagonal(), parameters)
+
+
+def chain(
+    layers: Sequence[tuple[Callable[..., Tensor], Sequence[Tensor]]], x: Tensor, loss: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """HesScale of every parameter of a chain x -> f(*parameters, x) -> ... -> loss, layer by layer by equation (2)."""
+    xs = [x.detach()]
+    for function, parameters in layers:
+        xs.append(function(*(p.detach() for p in parameters), xs[-1]))
+    h = torch.autograd.functional.hessian(loss, xs[-1]).reshape(xs[-1].numel(), -1).diagonal().view_as(xs[-1])
+    g = torch.autograd.functional.jacobian(loss, xs[-1])
+    results: list[Tensor] = []
+    for (function, parameters), x in zip(reversed(layers), reversed(xs[:-1]), strict=True):
+        inputs = [p.detach() for p in parameters] + [x]
+        hs = [equation_2(function, inputs, i, g, h) for i in range(len(inputs))]
+        g = torch.autograd.functional.vjp(lambda x, f=function, ps=inputs[:-1]: f(*ps, x), x, g)[1]
+        results, h = hs[:-1] + results, hs[-1]
+    return results

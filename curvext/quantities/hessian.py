@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from ..rules.default import quiet_vmap
 from .base import WholeGraph
 
 
@@ -48,7 +49,8 @@ class DiagHessian(WholeGraph):
         rows = torch.arange(len(index), device=x.device)
         basis = torch.zeros(len(index), x.numel(), dtype=gradient.dtype, device=x.device)
         basis[rows, index] = 1
-        (products,) = torch.autograd.grad(
-            gradient, x, basis.view(-1, *x.shape), is_grads_batched=True, retain_graph=True, allow_unused=True
-        )
+        with quiet_vmap():
+            (products,) = torch.autograd.grad(
+                gradient, x, basis.view(-1, *x.shape), is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
         return torch.zeros_like(rows, dtype=x.dtype) if products is None else products.flatten(1)[rows, index].detach()

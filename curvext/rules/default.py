@@ -93,8 +93,10 @@ def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
     """diag(Σₖ gₖ ∂²yₖ/∂x²): the derivative of the node's own backward, everything but one input held fixed."""
     result: list[Tensor | None] = []
     with torch.enable_grad():
-        outs = op.vjp(*(None if v is None else v.detach() for v in g))
+        outs = op.vjp(*(None if v is None else v.detach().requires_grad_(op.is_python) for v in g))
         for group in op.groups:
+            if op.is_python:
+                _check_differentiable(op, group, outs)
             # summed before differentiating, as one tensor may fill several inputs
             out = _merged(op, group, outs)
             bend = _diagonal(op, group[0], _as_real(out)) if out.requires_grad else None
@@ -103,12 +105,25 @@ def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
     return _spread(op, result)
 
 
+def _check_differentiable(op: Operation, group: list[int], outs: Sequence[Tensor | None]) -> None:
+    """A backward is linear in g, which requires a gradient here; if what it gives does not, it cut the graph."""
+    for out in (outs[i] for i in group):
+        if out is not None and (not out.requires_grad or "Error" in _name(out)) and bool(out.any()):
+            raise RuntimeError(
+                "its backward is not made of differentiable operations, or is marked once_differentiable"
+            )
+
+
+def _name(out: Tensor) -> str:
+    return "" if out.grad_fn is None else out.grad_fn.name()
+
+
 def _diagonal(op: Operation, i: int, out: Tensor) -> Tensor | None:
     """diag ∂out/∂x for input i, of the same shape."""
     edge = GradientEdge(*op.edges[i])
 
-    def product(v: Tensor, batched: bool = False) -> Tensor | None:
-        found = torch.autograd.grad(out, edge, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)[0]
+    def product(v: Tensor) -> Tensor | None:
+        found = torch.autograd.grad(out, edge, v, retain_graph=True, allow_unused=True)[0]
         return None if found is None else _as_real(found)
 
     with others_fixed(op, i):
@@ -121,7 +136,8 @@ def _diagonal(op: Operation, i: int, out: Tensor) -> Tensor | None:
             return sum(v * _dense(product(v), v) for v in signs) / draws  # type: ignore[return-value]
         entries = []
         for basis, _ in _rows(out):
-            entries.append((basis * _dense(product(basis, batched=True), basis)).reshape(len(basis), -1).sum(1))
+            (rows,) = _batched(lambda v: [_dense(product(v), v)], basis)
+            entries.append((basis * rows).reshape(len(basis), -1).sum(1))
         return torch.cat(entries).view(out.shape)
 
 
@@ -203,6 +219,15 @@ def _rows(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _batched(vjp: Callable[[Tensor], list[Tensor]], basis: Tensor) -> list[Tensor]:
     """One product for every row; some nodes have no batching rule and are called row by row."""
     try:
-        return list(torch.vmap(vjp)(basis))
+        with quiet_vmap():
+            return list(torch.vmap(vjp)(basis))
     except (RuntimeError, NotImplementedError, ValueError):
         return [torch.stack(rows) for rows in zip(*(vjp(v) for v in basis), strict=True)]
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Within, vmap does not warn of operations that it carries out row by row."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
