@@ -283,7 +283,7 @@ class TestBlocks:
         model, loss = net
         with pytest.raises(CurvatureError, match=r"no backward\(\) ran inside the block.*hesscale"), extend(model):
             loss()
-        with pytest.raises(CurvatureError, match="torch.autograd.backward"), extend(model):
+        with pytest.raises(CurvatureError, match=r"torch\.autograd\.backward"), extend(model):
             torch.autograd.backward(loss())
 
     def test_a_loss_of_another_model(self, net):

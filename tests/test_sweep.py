@@ -226,7 +226,7 @@ class TestFailures:
         with extend(model[4]) as curvature:
             model(x).square().mean().backward()
             before = curvature.hesscale["weight"].clone()
-            with pytest.raises(CurvatureError, match="tanh|Tanh"):
+            with pytest.raises(CurvatureError, match="TanhBackward0"):
                 torch.tanh(model(x)).sum().backward()
         assert torch.equal(curvature.hesscale["weight"], before)
 
