@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 Edge = tuple[Node, int]
+HIDING: set[str] = set()  # names of Python functions that reach parameters beside the graph
 WRAPPED = 1 << 63  # C++ saves a dimension of -1 in an unsigned integer
 
 
@@ -138,7 +139,7 @@ def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any =
         node, edges = stack.pop()
         if edges is not None:
             order.append((node, edges))
-            if node not in leading and any(child in leading for child, _ in edges):
+            if node not in leading and (any(child in leading for child, _ in edges) or _hides(node)):
                 leading.add(node)
         elif node not in seen:
             seen.add(node)
@@ -151,6 +152,11 @@ def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any =
         for node, edges in order
         if node in leading and edges
     ]
+
+
+def _hides(node: Node) -> bool:
+    """Whether what is below this node may not be in the graph: such a node is always listed."""
+    return hasattr(type(node), "_forward_cls") and node.name() in HIDING
 
 
 def nearest(node: Node, targets: Mapping[Edge, Any]) -> Any:

@@ -92,8 +92,8 @@ def unregister(operation: Any, wave: str = "diagonal") -> Rule:
 
 def find(op: Operation, *waves: str) -> Rule | None:
     """The rule of the first of ``waves`` that has one for this operation."""
-    for wave in waves:
-        found = RULES.get((op.kind, wave))
+    for wave in waves:  # the class of a Python function, or its name: torch.compile makes a class for every graph
+        found = RULES.get((op.kind, wave)) or RULES.get((op.name, wave))
         if found is not None:
             return found
     return None

@@ -145,7 +145,14 @@ def _summed(wave: Tensor | None, heads: int) -> Tensor | None:
     return wave if wave is None or heads == 1 else wave.unflatten(-3, (-1, heads)).sum(-3)
 
 
-@rule("FlashAttentionBackward0", "EfficientAttentionBackward0", "CudnnAttentionBackward0", how="refused", outputs="all")
+@rule(
+    "FlashAttentionBackward0",
+    "EfficientAttentionBackward0",
+    "CudnnAttentionBackward0",
+    how="refused",
+    outputs="all",
+    coincident=True,
+)
 def internal(op: Operation, g: Any, h: Any) -> NoReturn:
     """Kernels called directly, with layouts and masks of their own."""
     raise CurvatureError(

@@ -80,7 +80,7 @@ def _biased(gates: Any, bias: Tensor | None) -> Tensor:
     return gates if bias is None else gates + bias
 
 
-@rule("CudnnRnnBackward0", "MiopenRnnBackward0", how="refused", outputs="all")
+@rule("CudnnRnnBackward0", "MiopenRnnBackward0", how="refused", outputs="all", coincident=True)
 def whole_layers(op: Operation, g: Any, h: Any) -> NoReturn:
     """All layers and time steps in one kernel, with weights in a layout of its own."""
     raise CurvatureError(
