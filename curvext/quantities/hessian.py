@@ -36,7 +36,10 @@ class DiagHessian(WholeGraph):
                 gradients = torch.autograd.grad(loss, targets, scale, create_graph=True, allow_unused=True)
             return [None if g is None else self._diagonal(g, x) for g, x in zip(gradients, targets, strict=True)]
         except RuntimeError as error:
-            raise CurvatureError(f"DiagHessian needs a graph that can be differentiated twice: {error}") from error
+            raise CurvatureError(
+                f"DiagHessian needs a graph that can be differentiated twice: {error}. For attention, run the forward "
+                "pass within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); HesScale needs no such thing."
+            ) from error
 
     def _diagonal(self, gradient: Tensor, x: Tensor) -> Tensor:
         if not gradient.requires_grad:
