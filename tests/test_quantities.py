@@ -206,3 +206,10 @@ class TestDiagHessian:
         want = computed(DiagHessian(), model, loss)
         with without_rules():
             close(computed(DiagHessian(), model, loss), want)
+
+    def test_a_parameter_without_entries(self):
+        w, empty = torch.randn(3, requires_grad=True), torch.randn(0, 3, requires_grad=True)
+        with extend({"w": w, "empty": empty}, DiagHessian(), HesScale()):
+            (w.pow(3).sum() + empty.pow(3).sum()).backward()
+        assert empty.diag_h.shape == empty.hesscale.shape == (0, 3)
+        close([w.diag_h, w.hesscale], [6 * w.detach()] * 2)

@@ -42,7 +42,7 @@ class DiagHessian(WholeGraph):
             ) from error
 
     def _diagonal(self, gradient: Tensor, x: Tensor) -> Tensor:
-        if not gradient.requires_grad:
+        if not gradient.requires_grad or not x.numel():
             return torch.zeros_like(x, requires_grad=False)
         entries = [self._entries(gradient, x, start) for start in range(0, x.numel(), self.chunk)]
         return torch.cat(entries).view(x.shape)

@@ -127,8 +127,7 @@ def _diagonal(op: Operation, i: int, out: Tensor) -> Tensor | None:
         return None if found is None else _as_real(found)
 
     with others_fixed(op, i):
-        probe = torch.zeros_like(out)
-        if product(probe) is None:
+        if not out.numel() or product(torch.zeros_like(out)) is None:
             return None
         if not _enumerable(op, out.numel()):
             draws = op.settings.probes
@@ -177,7 +176,7 @@ def _merged(op: Operation, group: list[int], rows: Sequence[Tensor | None]) -> T
     """The sum of the products that belong to one tensor, in its shape."""
     present = [op.reduced(row, i) for i in group if (row := rows[i]) is not None]
     if not present:
-        meta = op.input(group[0])
+        meta = op.inputs[group[0]]
         return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
     return sum(present[1:], start=present[0])
 
@@ -185,7 +184,7 @@ def _merged(op: Operation, group: list[int], rows: Sequence[Tensor | None]) -> T
 def _spread(op: Operation, per_group: Sequence[Tensor | None]) -> Waves:
     waves: Waves = [None] * len(op.edges)
     for group, wave in zip(op.groups, per_group, strict=True):
-        pairs = wave is not None and op.input(group[0]).dtype.is_complex
+        pairs = wave is not None and op.inputs[group[0]].dtype.is_complex
         waves[group[0]] = torch.view_as_complex(wave.contiguous()) if pairs else wave  # type: ignore[union-attr]
     return waves
 
