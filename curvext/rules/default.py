@@ -20,7 +20,10 @@ from ..errors import CurvatureError, SampledOperationWarning
 from ..graph import Operation
 
 Waves = list[Tensor | None]
+Product = Callable[[Tensor], list[Tensor]]
 CHUNK = 64  # rows of an enumeration that are computed together
+UNBATCHED = {"CdistBackward0"}  # nodes whose vmap is wrong (in every row but the first, PyTorch 2.13)
+MISTAKEN = {"WeightNormInterfaceBackward0"}  # nodes whose second derivative is wrong (the norm is fixed, PyTorch 2.13)
 
 
 def default(op: Operation, g: Sequence[Tensor | None] | None, h: Sequence[Tensor | None] | None) -> Waves:
@@ -67,7 +70,7 @@ def _squares(op: Operation, k: int, h: Tensor) -> Waves:
         return [_as_real(_merged(op, group, rows)) for group in op.groups]
 
     if _enumerable(op, h.numel()):
-        return _spread(op, _enumerated(vjp, h))
+        return _spread(op, _enumerated(vjp, h, _looped if op.kind in UNBATCHED else _batched))
     root, draws = h.abs().sqrt(), op.settings.probes
     estimates = []
     for _ in range(draws):
@@ -76,10 +79,10 @@ def _squares(op: Operation, k: int, h: Tensor) -> Waves:
     return _spread(op, [sum(e) / draws for e in zip(*estimates, strict=True)])
 
 
-def _enumerated(vjp: Callable[[Tensor], list[Tensor]], h: Tensor) -> list[Tensor]:
+def _enumerated(vjp: Product, h: Tensor, products: Callable[[Product, Tensor], list[Tensor]]) -> list[Tensor]:
     total: list[Any] = []
     for basis, weights in _rows(h):
-        squares = [torch.einsum("v,v...->...", weights.to(rows.dtype), rows**2) for rows in _batched(vjp, basis)]
+        squares = [torch.einsum("v,v...->...", weights.to(rows.dtype), rows**2) for rows in products(vjp, basis)]
         total = [a + b for a, b in zip(total, squares, strict=True)] if total else squares
     return total or vjp(h)
 
@@ -92,6 +95,8 @@ def _as_real(x: Tensor) -> Tensor:
 def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
     """diag(Σₖ gₖ ∂²yₖ/∂x²): the derivative of the node's own backward, everything but one input held fixed."""
     result: list[Tensor | None] = []
+    if op.kind in MISTAKEN:
+        raise RuntimeError("PyTorch's second derivative of it is wrong")
     with torch.enable_grad():
         outs = op.vjp(*(None if v is None else v.detach().requires_grad_(op.is_python) for v in g))
         for group in op.groups:
@@ -215,13 +220,17 @@ def _rows(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield basis.view(stop - start, *like.shape), flat[start:stop]
 
 
-def _batched(vjp: Callable[[Tensor], list[Tensor]], basis: Tensor) -> list[Tensor]:
+def _looped(vjp: Product, basis: Tensor) -> list[Tensor]:
+    return [torch.stack(rows) for rows in zip(*(vjp(v) for v in basis), strict=True)]
+
+
+def _batched(vjp: Product, basis: Tensor) -> list[Tensor]:
     """One product for every row; some nodes have no batching rule and are called row by row."""
     try:
         with quiet_vmap():
             return list(torch.vmap(vjp)(basis))
     except (RuntimeError, NotImplementedError, ValueError):
-        return [torch.stack(rows) for rows in zip(*(vjp(v) for v in basis), strict=True)]
+        return _looped(vjp, basis)
 
 
 @contextmanager
