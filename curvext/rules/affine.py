@@ -1,11 +1,17 @@
-"""Products of two tensors: y is linear in each, so h_A = (J_A∘J_A)ᵀ h and nothing bends.
+"""Products of tensors: y is linear in each factor, so h_A = (J_A∘J_A)ᵀ h and nothing bends.
 
 For y = A B:  h_A = h (B∘B)ᵀ,  h_B = (A∘A)ᵀ h.  With a weight this is HesScale's h_W = hᵀ(x∘x), h_x = h (W∘W).
 """
 
 from __future__ import annotations
 
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm as grouped
 
 from ..graph import Operation
 from ..registry import rule
@@ -14,46 +20,175 @@ from .structure import pointwise_rule
 Waves = tuple[Tensor | None, ...] | None
 
 
-@rule("MmBackward0")
-def mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
-    """y = A B."""
+def _scaled(wave: Tensor, factor: float) -> Tensor:
+    return wave if factor == 1 else wave * factor**2
+
+
+def _left(h: Tensor, b: Tensor) -> Tensor:
+    return h @ (b * b).mT
+
+
+def _right(h: Tensor, a: Tensor) -> Tensor:
+    return (a * a).mT @ h
+
+
+@rule("MmBackward0", "BmmBackward0", coincident=True)
+def mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
+    """y = A B, also batched: h_A = h (B∘B)ᵀ, h_B = (A∘A)ᵀ h."""
+    if op.coincident:
+        return _matrix_square(op, g, h)
     if h is None:
         return None
-    a = h @ op.mat2.square().mT if op.needs[0] else None
-    return a, (op.self.square().mT @ h if op.needs[1] else None)
+    a = _left(h, op.mat2) if op.needs[0] else None
+    return a, (_right(h, op.self) if op.needs[1] else None)
 
 
-@rule("AddmmBackward0")
+def _matrix_square(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+    """y = X X: h_X = h (X∘X)ᵀ + (X∘X)ᵀ h + 2 h ∘ (d dᵀ) + 2 diag(g), with d = diag X.
+
+    y_ij = Σ_k x_ik x_kj has the slope δ_ip x_qj + δ_jq x_ip in x_pq; both terms are there where (i, j) = (p, q).
+    """
+    wave = None
+    if h is not None:
+        square, d = op.self.square().mT, op.self.diagonal(dim1=-2, dim2=-1)
+        wave = h @ square + square @ h + 2 * h * d.unsqueeze(-1) * d.unsqueeze(-2)
+    if g is not None:
+        bend = torch.diag_embed(2 * g.diagonal(dim1=-2, dim2=-1))
+        wave = bend if wave is None else wave + bend
+    return wave
+
+
+@rule("AddmmBackward0", "SparseAddmmBackward0")
 def addmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
-    """y = β C + α A B."""
-    if h is None:
-        return None
-    c = _scaled(h, op.beta) if op.needs[0] else None
-    a = _scaled(h @ op.mat2.square().mT, op.alpha) if op.needs[1] else None
-    return c, a, (_scaled(op.mat1.square().mT @ h, op.alpha) if op.needs[2] else None)
+    """y = β C + α A B: h_C = β² h, h_A = α² h (B∘B)ᵀ, h_B = α² (A∘A)ᵀ h."""
+    return None if h is None else _added(op, h, op.mat1, op.mat2)
 
 
-@rule("BmmBackward0")
-def bmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
-    """y = A B, batched."""
-    if h is None:
-        return None
-    a = h @ op.mat2.square().mT if op.needs[0] else None
-    return a, (op.self.square().mT @ h if op.needs[1] else None)
+@rule("BaddbmmBackward0", "AddbmmBackward0")
+def baddbmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y = β C + α A B, batched, or summed over the batch: as addmm; the sum's wave is that of each term."""
+    return None if h is None else _added(op, h, op.batch1, op.batch2)
 
 
-@rule("MulBackward0", coincident=True)
-def mul(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | list[Tensor | None]:
-    """y = a ∘ b."""
-    if op.coincident:  # x * x is a square, not a product of two variables
-        return pointwise_rule(op, g, h)
-    if h is None:
-        return None
-    return (  # a saved Python number is a tensor whose own square would be computed in the default dtype
-        h * op.other * op.other if op.needs[0] else None,
-        h * op.self * op.self if len(op.needs) > 1 and op.needs[1] else None,
+def _added(op: Operation, h: Tensor, a: Tensor, b: Tensor) -> Waves:
+    return (
+        _scaled(h, op.beta) if op.needs[0] else None,
+        _scaled(_left(h, b), op.alpha) if op.needs[1] else None,
+        _scaled(_right(h, a), op.alpha) if op.needs[2] else None,
     )
 
 
-def _scaled(wave: Tensor, factor: float) -> Tensor:
-    return wave if factor == 1 else wave * factor**2
+@rule("MvBackward0")
+def mv(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y = A v: h_A = h (v∘v)ᵀ, h_v = (A∘A)ᵀ h."""
+    if h is None:
+        return None
+    a = torch.outer(h, op.vec * op.vec) if op.needs[0] else None
+    return a, (_right(h, op.self) if op.needs[1] else None)
+
+
+@rule("AddmvBackward0")
+def addmv(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y = β c + α A v: h_c = β² h, h_A = α² h (v∘v)ᵀ, h_v = α² (A∘A)ᵀ h."""
+    if h is None:
+        return None
+    return (
+        _scaled(h, op.beta) if op.needs[0] else None,
+        _scaled(torch.outer(h, op.vec * op.vec), op.alpha) if op.needs[1] else None,
+        _scaled(_right(h, op.mat), op.alpha) if op.needs[2] else None,
+    )
+
+
+@rule("AddrBackward0")
+def addr(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y = β C + α a bᵀ: h_C = β² h, h_a = α² h (b∘b), h_b = α² hᵀ (a∘a)."""
+    if h is None:
+        return None
+    return (
+        _scaled(h, op.beta) if op.needs[0] else None,
+        _scaled(h @ op.vec2.square(), op.alpha) if op.needs[1] else None,
+        _scaled(h.mT @ op.vec1.square(), op.alpha) if op.needs[2] else None,
+    )
+
+
+@rule("DotBackward0", "VdotBackward0", coincident=True)
+def dot(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | list[Tensor | None]:
+    """y = a · b: h_a = h b∘b, h_b = h a∘a."""
+    if op.coincident:
+        return pointwise_rule(op, g, h)
+    if h is None:
+        return None
+    second = op.tensor if op.name == "DotBackward0" else op.other
+    return h * second.square() if op.needs[0] else None, h * op.self.square() if op.needs[1] else None
+
+
+@rule("LinalgCrossBackward0")
+def cross(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y = a × b, yᵢ = aⱼ bₖ - aₖ bⱼ with (i, j, k) cyclic: h_aᵢ = hⱼ bₖ² + hₖ bⱼ², and so for b."""
+    if h is None:
+        return None
+    dim = op.dim
+
+    def pulled(other: Tensor) -> Tensor:
+        square = other * other
+        return h.roll(-1, dim) * square.roll(-2, dim) + h.roll(-2, dim) * square.roll(-1, dim)
+
+    return pulled(op.other) if op.needs[0] else None, pulled(op.self) if op.needs[1] else None
+
+
+@rule("TrilinearBackward0")
+def trilinear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y = Σ a ∘ b ∘ c: h_a = Σ h (Σ b ∘ c)², the inner sum over what a has no dimension for.
+
+    nn.Bilinear is y_bo = Σ_ij x_bi W_oij z_bj. Each dimension of the product is a letter; a factor has no letter of its
+    ``expand``, the output none of ``sumdim``.
+    """
+    if h is None:
+        return None
+    letters = string.ascii_letters[: h.dim() + len(op.sumdim)]
+    names = [_without(letters, dims) for dims in (op.expand1, op.expand2, op.expand3)]
+    factors, out = (op.i1, op.i2, op.i3), _without(letters, op.sumdim)
+
+    def pulled(i: int, j: int, k: int) -> Tensor:
+        slope = "".join(x for x in letters if x in out + names[i] and x in names[j] + names[k])
+        jacobian = torch.einsum(f"{names[j]},{names[k]}->{slope}", factors[j], factors[k])
+        ones = jacobian.new_ones(()).expand(op.inputs[i].shape)  # for dimensions that only this factor has
+        return torch.einsum(f"{slope},{out},{names[i]}->{names[i]}", jacobian * jacobian, h, ones)
+
+    return tuple(pulled(*order) if op.needs[order[0]] else None for order in ((0, 1, 2), (1, 0, 2), (2, 0, 1)))
+
+
+def _without(letters: str, dims: Sequence[int]) -> str:
+    return "".join(x for d, x in enumerate(letters) if d not in dims)
+
+
+@rule("ForeachMmBackward0", outputs="all")
+def foreach_mm(op: Operation, g: Any, h: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
+    """y_i = A_i B_i: as mm, for each i."""
+    if h is None:
+        return None
+    n = len(h)
+    a = [_left(w, op.mat2[i]) if w is not None and op.needs[i] else None for i, w in enumerate(h)]
+    return a + [_right(w, op.self[i]) if w is not None and op.needs[n + i] else None for i, w in enumerate(h)]
+
+
+@rule("GroupedMmBackward0")
+def grouped_mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y_i = A_i B_i for the groups i of a mixture of experts: as mm, for each i."""
+    if h is None:
+        return None
+    a = grouped(h, op.mat2.square().mT, offs=op.offs) if op.needs[0] else None
+    return a, (grouped(op.self.square().mT, h, offs=op.offs) if op.needs[1] else None)
+
+
+@rule("LinearBackward0")
+def linear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """y = x Wᵀ + b where it is one operation: h_x = h (W∘W), h_W = hᵀ (x∘x), h_b = h."""
+    if h is None:
+        return None
+    x = h @ op.weight.square() if op.needs[0] else None
+    w = None
+    if op.needs[1]:
+        rows = op.node._saved_input.square().reshape(-1, op.inputs[1].shape[1])  # type: ignore[attr-defined]
+        w = h.reshape(-1, h.shape[-1]).mT @ rows
+    return x, w, h

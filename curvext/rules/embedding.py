@@ -1,0 +1,89 @@
+"""Embeddings: rows of a weight are copied, or summed within bags.
+
+J is the Jacobian that the node's own backward has, so that curvature belongs to ``p.grad``: nothing reaches the row of
+``padding_idx``, and ``scale_grad_by_freq`` divides what a row gets from each of its uses by the number of its uses.
+With that option every entry of J is divided by it, so the diagonal is divided by its square.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graph import Operation
+from ..registry import rule
+from .structure import scaling, select
+
+SUM, MEAN, MAX = range(3)  # modes of EmbeddingBag, as its node saves them
+
+
+scaling("EmbeddingDenseBackwardBackward0")
+
+
+@rule("EmbeddingBackward0")
+def embedding(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
+    """Each output row is a copy of a row of W: h_W = Jᵀ h, divided by uses once more with scale_grad_by_freq."""
+    if h is None or not op.scale_grad_by_freq:
+        return select(op, g, h)
+    rows = int(op.weight_sym_argsize_0)
+    wave = torch.ops.aten.embedding_dense_backward(h, op.indices, rows, op.padding_idx, False)
+    return wave / _uses(op.indices.flatten(), rows, h).square().unsqueeze(1)
+
+
+def _uses(indices: Tensor, rows: int, like: Tensor) -> Tensor:
+    """How often each row is used, 1 where it is not."""
+    return like.new_zeros(rows).index_add(0, indices, like.new_ones(indices.shape)).clamp(min=1)
+
+
+@rule("EmbeddingBagBackward0")
+def embedding_bag(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
+    """y_b = Σ_p w_p W[v_p] over the bag b: h_W[v] = Σ_b (Σ_{p in b, v_p = v} w_p)² h_b, h_w[p] = Σ_d h_bd W[v_p]_d².
+
+    A row that is several times in a bag has the sum of its weights as slope, hence for each place p the product of w_p
+    and that sum. The mean has w_p = 1 / |b|; the maximum is a selection.
+    """
+    if h is None or op.mode == MAX:
+        return select(op, g, h)
+    indices, offsets = op.indices, op.offsets
+    # as the backward pass, it cannot rely on what the kernel saved: some save no bags and some no sizes
+    bag = torch.searchsorted(offsets, torch.arange(len(indices), device=offsets.device), right=True) - 1
+    used = (indices != op.padding_idx).to(h.dtype)
+    wave = weight = None
+    if op.needs[0]:
+        slopes = _slopes(op, bag, used, h)
+        rows = int(op.weight_sym_argsize_0)
+        slope = slopes * _within(bag * rows + indices, slopes)
+        wave = h.new_zeros(rows, h.shape[1]).index_add(0, indices, slope.unsqueeze(1) * h[bag])
+    if len(op.needs) > 1 and op.needs[1]:
+        weight = used * (h[bag] * op.weight[indices].square()).sum(1)
+    return wave, weight
+
+
+def _slopes(op: Operation, bag: Tensor, used: Tensor, h: Tensor) -> Tensor:
+    """The weight of each place in its bag's output, as the backward pass has it."""
+    weights = op.per_sample_weights
+    slopes = used if weights is None else used * weights
+    if op.mode == MEAN:
+        slopes = slopes / h.new_zeros(len(h)).index_add(0, bag, used).clamp(min=1)[bag]
+    if op.scale_grad_by_freq:
+        slopes = slopes * _scales(op, bag, h)[op.indices]
+    return slopes
+
+
+def _scales(op: Operation, bag: Tensor, h: Tensor) -> Tensor:
+    """What the backward pass scales each row by, asked of itself: on a CPU it takes the uses of another row."""
+    rows, ones, zeros = int(op.weight_sym_argsize_0), h.new_ones(len(h), 1), bag.new_zeros(len(h))
+    scaled = torch.ops.aten._embedding_bag_dense_backward(
+        ones, op.indices, bag, zeros, zeros, rows, True, SUM, None, op.padding_idx
+    )
+    return scaled.squeeze(1) / _uses(op.indices, rows, h)
+
+
+def _within(keys: Tensor, values: Tensor) -> Tensor:
+    """For each place the sum of the values at all places of equal key, in sizes that do not depend on the data."""
+    ordered, order = keys.sort()
+    first = torch.cat([ordered.new_zeros(min(1, len(keys))), (ordered.diff() != 0).long()])
+    number = torch.zeros_like(keys).index_copy(0, order, first.cumsum(0))
+    return torch.zeros_like(values).index_add(0, number, values)[number]
