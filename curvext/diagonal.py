@@ -27,30 +27,33 @@ def pass_diagonal(op: Operation, g: Waves | None, h: Waves, *variants: str) -> W
         h: diagonal waves at its outputs, ``None`` where zero.
         variants: other waves whose rules are preferred, such as ``"bl89"``.
     """
-    g, zero = _unless_zero(g), _unless_zero(h) is None
+    zero = _is_zero(h)
+    if g is not None and _is_zero(g):
+        g = None
     if zero and g is None:
         return ()
     rule = registry.find_diagonal(op, *variants)
     if rule is None:
         return default(op, g, None if zero else h)
     if rule.outputs == "all":
-        waves = rule(op, g, None if zero else h)
-    elif len(h) > 1 and any(wave is not None for wave in (*h[1:], *(g or ())[1:])):
+        waves = rule.function(op, g, None if zero else h)
+    elif len(h) > 1 and not (_is_zero(h[1:]) and _is_zero((g or ())[1:])):
         return default(op, g, None if zero else h)
     else:
-        waves = rule(op, None if g is None else g[0], h[0])
+        waves = rule.function(op, None if g is None else g[0], h[0])
     if waves is None:
         return ()
     return (waves,) if isinstance(waves, Tensor) else waves
 
 
-def _unless_zero(waves: Waves | None) -> Waves | None:
-    if waves is None:
-        return None
-    for wave in waves:
-        if wave is not None:
-            return waves
-    return None
+def bends(op: Operation, *variants: str) -> bool:
+    """Whether the second term of (2) may be other than zero."""
+    rule = registry.find_diagonal(op, *variants)
+    return rule is None or not rule.linear
+
+
+def _is_zero(waves: Waves) -> bool:
+    return not any([wave is not None for wave in waves])  # a list: this runs for every node
 
 
 def through(

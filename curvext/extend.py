@@ -90,11 +90,10 @@ class extend(TorchFunctionMode):
             raise CurvatureError("extend: this block is running already; a block inside it needs its own extend(...)")
         named = _named(self.model)  # afresh: parameters may have been frozen or replaced since the last block
         self.tensors = _trained(named)
-        for tensor in named.values():
-            for quantity in self.quantities:
-                tensor.__dict__.pop(quantity.savefield, None)
+        fields = [quantity.savefield for quantity in self.quantities]
+        self.earlier = {id(t): [t.__dict__.pop(field, None) for field in fields] for t in named.values()}
         self.settings = Settings(**self.options)  # type: ignore[arg-type]
-        self.results = Curvature([quantity.savefield for quantity in self.quantities])
+        self.results = Curvature(fields)
         self.backwards = 0
         super().__enter__()
         return self.results
@@ -104,7 +103,7 @@ class extend(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)
         results, backwards = self.results, self.backwards
-        del self.tensors, self.settings, self.results, self.backwards
+        del self.tensors, self.settings, self.results, self.backwards, self.earlier
         if kind is None and not backwards:
             raise CurvatureError(
                 f"extend: no backward() ran inside the block, so there is no {', '.join(results)}. Call "
@@ -132,7 +131,8 @@ class extend(TorchFunctionMode):
             return loss.backward(**arguments)  # torch's own error, or a leaf, which has no curvature
         names = self._targets(inputs)
         carried = [quantity for quantity in self.quantities if isinstance(quantity, Quantity)]
-        sweep = Sweep([loss.grad_fn], names, carried, self.settings)
+        earlier = {edge: self.earlier.pop(id(self.tensors[first]), None) for edge, (first, *_) in names.items()}
+        sweep = Sweep([loss.grad_fn], names, carried, self.settings, earlier=earlier)
         products, failure = self._products(loss, gradient, names)
         try:
             with sweep:

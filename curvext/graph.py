@@ -39,46 +39,38 @@ class Operation:
     ``node._saved_result``. ``op.needs[i]`` says whether input ``i`` leads to a target; only those waves are used.
     """
 
-    def __init__(self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], settings: Any, is_target: bool):
+    def __init__(
+        self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], graph: Graph, settings: Any, is_target: bool
+    ):
         self.node, self.edges, self.needs, self.settings, self.is_target = node, edges, needs, settings, is_target
         self.name = node.name()
+        function = getattr(type(node), "_forward_cls", None)
+        #: Whether this is a Python ``autograd.Function``; then what its ``ctx`` held reads as an attribute.
+        self.is_python = function is not None
+        #: What rules are registered for: the node's name, or the class of a Python ``autograd.Function``.
+        self.kind = function or self.name
+        #: Shape, dtype and device of every output, and of every differentiable input.
+        self.outputs = graph.outputs[node]
+        self.inputs = tuple([None if child is None else graph.outputs[child][k] for child, k in edges])
+        #: Whether an input or an output is complex: such a tensor counts as a pair of real ones.
+        self.is_complex = any([meta is not None and meta.dtype.is_complex for meta in (*self.outputs, *self.inputs)])
+        #: Whether one tensor enters this operation more than once.
+        self.coincident = len(edges) > 1 and len(set(edges)) < len(edges) and any(len(g) > 1 for g in self.groups)
+        #: Whether all inputs are leaves and one operation alone uses the output: perhaps a view of a parameter.
+        self.is_leaf_view = (
+            len(self.outputs) == 1
+            and not is_target
+            and graph.users.get(node) == 1
+            and not any([child.next_functions for child, _ in edges if child is not None])
+        )
 
     def __getattr__(self, saved: str) -> Any:
-        node = self.__dict__["node"]
-        if hasattr(type(node), "_forward_cls"):
-            return getattr(node, saved)
-        return _signed(getattr(node, "_saved_" + saved))
+        if self.__dict__["is_python"]:
+            return getattr(self.node, saved)
+        return _signed(getattr(self.node, "_saved_" + saved))
 
     def __repr__(self) -> str:
         return f"Operation({self.name})"
-
-    @property
-    def kind(self) -> Any:
-        """What rules are registered for: the node's name, or the class of a Python ``autograd.Function``."""
-        return getattr(type(self.node), "_forward_cls", self.name)
-
-    @property
-    def is_python(self) -> bool:
-        """Whether this is a Python ``autograd.Function``; then what its ``ctx`` held reads as an attribute."""
-        return hasattr(type(self.node), "_forward_cls")
-
-    @property
-    def outputs(self) -> tuple[Any, ...]:
-        """Shape, dtype and device of every output."""
-        return cast(Any, self.node)._input_metadata
-
-    def input(self, i: int) -> Any:
-        """Shape, dtype and device of input ``i``."""
-        node, number = self.edges[i]
-        return cast(Any, node)._input_metadata[number]
-
-    @property
-    def is_complex(self) -> bool:
-        """Whether a needed input or an output is complex: such a tensor counts as a pair of real ones."""
-        for meta in self.outputs:
-            if meta.dtype.is_complex:
-                return True
-        return any(self.input(i).dtype.is_complex for i, needed in enumerate(self.needs) if needed)
 
     @property
     def groups(self) -> list[list[int]]:
@@ -88,11 +80,6 @@ class Operation:
             if self.needs[i]:
                 by_edge.setdefault(edge, []).append(i)
         return list(by_edge.values())
-
-    @property
-    def coincident(self) -> bool:
-        """Whether one tensor enters this operation more than once."""
-        return len(self.edges) > 1 and any(len(group) > 1 for group in self.groups)
 
     def vjp(self, *v: Tensor | None) -> tuple[Tensor | None, ...]:
         """``Jᵀ v`` for every input; broadcast inputs are not summed to their shape yet."""
@@ -117,7 +104,7 @@ class Operation:
         """A wave as it belongs to input ``i``: broadcast dimensions summed, its dtype, dense."""
         if wave.layout is not torch.strided:
             wave = wave.to_dense()
-        meta = self.input(i)
+        meta = self.inputs[i]
         if list(wave.shape) != meta.shape:
             wave = wave.sum_to_size(meta.shape)
         if wave.dtype != meta.dtype:
@@ -125,31 +112,42 @@ class Operation:
         return wave
 
 
+class Graph:
+    """The nodes under ``roots``, children before parents, and what can be said of them at a glance."""
+
+    def __init__(self, roots: Iterable[Node]):
+        self.order: list[tuple[Node, tuple[Edge, ...]]] = []
+        self.outputs: dict[Node, tuple[Any, ...]] = {}
+        self.users: dict[Node, int] = {}
+        stack: list[tuple[Node, tuple[Edge, ...] | None]] = [(root, None) for root in roots]
+        while stack:  # depth first
+            node, edges = stack.pop()
+            if edges is not None:
+                self.order.append((node, edges))
+            elif node not in self.outputs:
+                self.outputs[node] = cast(Any, node)._input_metadata
+                edges = cast(tuple[Edge, ...], node.next_functions)
+                stack.append((node, edges))
+                for child, _ in edges:
+                    if child is not None:
+                        self.users[child] = self.users.get(child, 0) + 1
+                        stack.append((child, None))
+
+
 def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any = None) -> list[Operation]:
     """The operations between ``roots`` and ``targets``, roots first.
 
     Only nodes from which a target can be reached are listed: frozen layers below the first trained one cost nothing.
     """
+    graph = Graph(roots)
     produced = {node for node, _ in targets}
     leading = set(produced)
-    order: list[tuple[Node, tuple[Edge, ...]]] = []
-    seen: set[Node] = set()
-    stack: list[tuple[Node, tuple[Edge, ...] | None]] = [(root, None) for root in roots]
-    while stack:  # depth first, children before parents
-        node, edges = stack.pop()
-        if edges is not None:
-            order.append((node, edges))
-            if node not in leading and (any(child in leading for child, _ in edges) or _hides(node)):
-                leading.add(node)
-        elif node not in seen:
-            seen.add(node)
-            edges = cast(tuple[Edge, ...], node.next_functions)
-            stack.append((node, edges))
-            stack.extend((child, None) for child, _ in edges if child is not None and child not in seen)
-    order.reverse()
+    for node, edges in graph.order:
+        if node not in leading and (any([child in leading for child, _ in edges]) or _hides(node)):
+            leading.add(node)
     return [
-        Operation(node, edges, tuple([child in leading for child, _ in edges]), settings, node in produced)
-        for node, edges in order
+        Operation(node, edges, tuple([child in leading for child, _ in edges]), graph, settings, node in produced)
+        for node, edges in reversed(graph.order)
         if node in leading and edges
     ]
 

@@ -31,6 +31,7 @@ class Rule:
     how: str  # closed form | structure | decomposed | refused
     outputs: str = "first"  # or "all"
     coincident: bool = False  # right also when one tensor enters the operation twice
+    linear: bool = False  # known not to use g
     doc: str = ""
     family: str = ""  # the file that registered it
 
@@ -47,6 +48,7 @@ def rule(
     how: str = "closed form",
     outputs: str = "first",
     coincident: bool = False,
+    linear: bool = False,
 ) -> Callable[[F], F]:
     """Register the decorated function for autograd nodes, by name, or for ``autograd.Function`` classes.
 
@@ -59,6 +61,7 @@ def rule(
             ``"refused"`` (the function raises).
         outputs: ``"first"`` or ``"all"``.
         coincident: whether the rule is right when one tensor enters twice; else the default is used there.
+        linear: promise that the rule does not use ``g``; such views of parameters are passed without a hook.
 
     Raises:
         ValueError: if one of the operations has a rule already.
@@ -71,7 +74,7 @@ def rule(
         for operation in operations:
             if (operation, wave) in RULES:
                 raise ValueError(f"{operation} already has a rule for the {wave} wave; use curvext.unregister first")
-            RULES[operation, wave] = Rule(function, how, outputs, coincident, doc, family)
+            RULES[operation, wave] = Rule(function, how, outputs, coincident, linear, doc, family)
         return function
 
     return register
@@ -93,7 +96,9 @@ def unregister(operation: Any, wave: str = "diagonal") -> Rule:
 def find(op: Operation, *waves: str) -> Rule | None:
     """The rule of the first of ``waves`` that has one for this operation."""
     for wave in waves:  # the class of a Python function, or its name: torch.compile makes a class for every graph
-        found = RULES.get((op.kind, wave)) or RULES.get((op.name, wave))
+        found = RULES.get((op.kind, wave))
+        if found is None and op.is_python:
+            found = RULES.get((op.name, wave))
         if found is not None:
             return found
     return None

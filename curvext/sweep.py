@@ -50,13 +50,17 @@ class Sweep:
         quantities: Sequence[Quantity],
         settings: Settings,
         seeds: Mapping[Edge, list[Any]] | None = None,
+        earlier: dict[Edge, Any] | None = None,
     ):
         self.roots = frozenset(roots)
         self.operations = operations(self.roots, targets, settings)
         self.targets, self.quantities, self.seeds = targets, quantities, dict(seeds or {})
+        # results of an earlier block: let go of one by one, so that the allocator reuses their memory while it is warm
+        self.earlier = earlier if earlier is not None else {}
         self.waves: dict[Edge, list[Any]] = {}
         self.results: dict[Edge, list[Any]] = {}
         self.handles: list[Any] = []
+        self.views: dict[Node, Operation] = {}  # complete as soon as their one user has sent its wave
         self.task: int | None = None
         self.visiting = False
         self.error: Exception | None = None
@@ -64,7 +68,10 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         for op in self.operations:
-            self.handles.append(op.node.register_prehook(partial(self._prehook, op)))
+            if op.is_leaf_view and not any([quantity.needs_gradient(op) for quantity in self.quantities]):
+                self.views[op.node] = op
+            else:
+                self.handles.append(op.node.register_prehook(partial(self._prehook, op)))
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -75,7 +82,7 @@ class Sweep:
         if len(self.results) < len(self.targets):  # reached by linear operations alone
             for edge in {edge for op in self.operations for edge in op.edges if edge in self.targets}:
                 self.results.setdefault(edge, [None] * len(self.quantities))
-        for held in (self.handles, self.operations, self.waves, self.seeds):
+        for held in (self.handles, self.operations, self.views, self.waves, self.seeds):
             held.clear()
 
     def _prehook(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
@@ -122,10 +129,14 @@ class Sweep:
             if wave is None or not op.needs[i]:
                 continue
             edge, wave = op.edges[i], op.reduced(wave, i)
-            if edge[0].next_functions:
+            if edge[0] in self.views:
+                view = self.views[edge[0]]
+                self._send(view, q, self.quantities[q].step(view, [None], [wave]))
+            elif edge[0].next_functions:
                 self._add(self.waves, edge, q, wave)
             elif edge in self.targets:  # a leaf: nothing passes below it
                 self._add(self.results, edge, q, wave)
+                self.earlier.pop(edge, None)
 
     def _add(self, waves: dict[Edge, list[Any]], edge: Edge, q: int, wave: Any) -> None:
         waiting = waves.get(edge)

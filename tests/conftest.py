@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+torch.set_num_threads(1)  # small tensors, and the suite runs in several processes
+
 settings.register_profile(
     "curvext", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )

@@ -55,7 +55,7 @@ class TestFrozen:
         model[:4].requires_grad_(False)
         with extend(model):
             model(x).square().mean().backward()
-        assert names(visits) == ["MeanBackward0", "PowBackward0", "AddmmBackward0", "TBackward0"]
+        assert names(visits) == ["MeanBackward0", "PowBackward0", "AddmmBackward0"]  # views of leaves need no hook
         assert visits[2][1] == (True, False, True)
         assert x.grad is not None
 
@@ -71,7 +71,7 @@ class TestFrozen:
         model, x = mlp(), torch.randn(6, 4)
         with extend(model[4]):
             model(x).square().mean().backward()
-        assert names(visits) == ["MeanBackward0", "PowBackward0", "AddmmBackward0", "TBackward0"]
+        assert names(visits) == ["MeanBackward0", "PowBackward0", "AddmmBackward0"]  # views of leaves need no hook
         assert model[0].weight.grad is not None and not hasattr(model[0].weight, "hesscale")
 
     def test_inputs_asked_for_select(self, visits):
@@ -84,7 +84,7 @@ class TestFrozen:
         model, x = one_hidden(), torch.randn(6, 4, requires_grad=True)
         with extend(model) as curvature:
             model(x).square().mean().backward()
-        assert visits[-2] == ("AddmmBackward0", (True, False, True))
+        assert visits[-1] == ("AddmmBackward0", (True, False, True))
         assert len(curvature.hesscale) == 4 and not hasattr(x, "hesscale")
 
 

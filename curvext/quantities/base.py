@@ -39,6 +39,10 @@ class Quantity(_Saved):
     def step(self, op: Operation, g: Sequence[Tensor | None], wave: Sequence[Any]) -> Sequence[Any]:
         """The waves at the operation's inputs, given gradients and waves at its outputs."""
 
+    def needs_gradient(self, op: Operation) -> bool:
+        """Whether :meth:`step` uses the gradient here; views of parameters where it does not need no hook."""
+        return True
+
 
 @dataclass(frozen=True)
 class WholeGraph(_Saved):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..diagonal import Waves, pass_diagonal
+from ..diagonal import Waves, bends, pass_diagonal
 from ..graph import Operation
 from .base import Quantity
 
@@ -34,6 +34,9 @@ class HesScale(Quantity):
     def savefield(self) -> str:  # type: ignore[override]
         return "hesscale_gn" if self.gauss_newton else "hesscale"
 
+    def needs_gradient(self, op: Operation) -> bool:
+        return bends(op)
+
     def step(self, op: Operation, g: Waves, wave: Waves) -> Waves:
         below_loss = any(h is not None for h in wave)
         return pass_diagonal(op, None if self.gauss_newton and below_loss else g, wave)
@@ -50,6 +53,9 @@ class BL89(Quantity):
     """
 
     savefield = "bl89"
+
+    def needs_gradient(self, op: Operation) -> bool:
+        return bends(op)
 
     def step(self, op: Operation, g: Waves, wave: Waves) -> Waves:
         return pass_diagonal(op, g, wave, "bl89")
