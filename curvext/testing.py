@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import registry
 from .diagonal import pass_diagonal
+from .errors import CurvatureError
 from .extend import Target, extend
 from .graph import Operation, edge_of, operations
 from .quantities import Quantity
@@ -47,7 +48,8 @@ def check_rule(
 
     Returns:
         The operations (node names or ``autograd.Function`` classes) whose rule was checked; on complex tensors,
-        ``(name, "complex")``.
+        ``(name, "complex")``; where PyTorch cannot differentiate the node twice, so that only the first term of
+        equation (2) was compared, ``(name, "first term")``.
 
     Raises:
         AssertionError: naming the operation, the input and the terms that differ.
@@ -62,18 +64,24 @@ def check_rule(
         rule = registry.find_diagonal(op)
         if rule is None or rule.how == "refused":
             continue
-        check_operation(op, generator, rtol, atol)
-        checked.add((op.kind, "complex") if op.is_complex else op.kind)
+        both = check_operation(op, generator, rtol, atol)
+        kind = (op.kind, "complex") if op.is_complex else op.kind
+        checked.add(kind if both else (kind, "first term"))
     return checked
 
 
-def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-9, atol: float = 1e-10) -> None:
-    """Compare the rule of one recorded operation with the default (its steps with theirs, if it is decomposed)."""
+def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-9, atol: float = 1e-10) -> bool:
+    """Compare the rule of one recorded operation with the default (its steps with theirs, if it is decomposed).
+
+    Returns:
+        Whether both terms of equation (2) were compared: PyTorch cannot differentiate every node twice.
+    """
     rule = registry.find_diagonal(op)
     assert rule is not None, f"{op.kind} has no rule"
     every = len(op.outputs) if rule.outputs == "all" else 1
     g, h = _draw(op, every, generator), _draw(op, every, generator)
     none: list[Tensor | None] = [None] * len(op.outputs)
+    both = True
     for label, g_, h_ in (("g and h", g, h), ("h alone", None, h), ("g alone", g, none)):
         with torch.no_grad():
             got = list(pass_diagonal(op, g_, h_))
@@ -81,8 +89,15 @@ def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-
                 with without_rules_but(op):
                     want = list(pass_diagonal(op, g_, h_))
             else:
-                want = default(op, g_, None if label == "g alone" else h_)
+                try:
+                    want = default(op, g_, None if label == "g alone" else h_)
+                except CurvatureError:
+                    if g_ is None:
+                        raise
+                    both = False
+                    continue
         _compare(op, got, want, label, rtol, atol)
+    return both
 
 
 @contextmanager
@@ -110,7 +125,8 @@ def _compare(
     op: Operation, got: Sequence[Tensor | None], want: Sequence[Tensor | None], label: str, rtol: float, atol: float
 ) -> None:
     for group in op.groups:
-        shape = op.input(group[0]).shape
+        shape, dtype = op.inputs[group[0]].shape, op.inputs[group[0]].dtype
+        least = rounding(dtype)
         sums = []
         for waves in (got, want):
             present = [op.reduced(waves[i], i) for i in group if i < len(waves) and waves[i] is not None]  # type: ignore[arg-type]
@@ -118,12 +134,17 @@ def _compare(
         torch.testing.assert_close(
             sums[0],
             sums[1],
-            rtol=rtol,
-            atol=atol,
+            rtol=max(rtol, least),
+            atol=max(atol, least),
             check_dtype=False,
             equal_nan=True,
             msg=_after(f"{op.kind}, input {group[0]}, {label}: rule != default."),
         )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The least tolerance that makes sense: some kernels have low precision only."""
+    return min(1000 * torch.finfo(dtype).eps, 1e-2)
 
 
 def _after(context: str) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ from curvext.graph import edge_of, operations
 from curvext.registry import find, registered
 from curvext.rules.default import default
 from curvext.sweep import Settings
-from curvext.testing import EXACT, check_rule
+from curvext.testing import EXACT, check_rule, rounding
 
 from .cases import CASES, Draw
 from .reference import equation_2
@@ -61,14 +61,15 @@ def test_one_operation_equals_autograd_functional(case):
         pytest.skip("a fused kernel is several operations")
     g, h = torch.randn_like(y), torch.randn_like(y)
     rest = [None] * (len(ops[0].outputs) - 1)
-    for way in (pass_diagonal, default):
+    for way in (pass_diagonal, default) if case.twin is None else (pass_diagonal,):
         waves = way(ops[0], [g, *rest], [h, *rest])
         for i, edge in enumerate(ops[0].edges):
             if ops[0].needs[i]:
                 k = targets[edge]
-                want = equation_2(function, inputs, k, g, h)
+                want = equation_2(case.twin or function, inputs, k, g, h)
                 got = torch.zeros(()) if i >= len(waves) or waves[i] is None else ops[0].reduced(waves[i], i)
-                torch.testing.assert_close(got.expand(want.shape), want, rtol=1e-9, atol=1e-9, check_dtype=False)
+                least = max(1e-9, rounding(want.dtype))
+                torch.testing.assert_close(got.expand(want.shape), want, rtol=least, atol=least, check_dtype=False)
 
 
 def test_every_rule_has_a_case():
@@ -76,7 +77,8 @@ def test_every_rule_has_a_case():
     for case in CASES:
         for seed in range(3):
             function, inputs = case.build(Draw(seed=seed))
-            covered |= check_rule(function, *inputs)
+            checked = check_rule(function, *inputs)
+            covered |= checked if case.twin is None else {kind[0] if "first term" in kind else kind for kind in checked}
     known = {operation for operation, rule in registered() if rule.how != "refused"}
     missing = sorted(str(operation) for operation in known - covered - set(ELSEWHERE))
     assert not missing, f"rules without a case in tests/cases: {missing}"

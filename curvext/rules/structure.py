@@ -3,6 +3,7 @@
 * ``selection``: every entry of J is 0 or 1 (views, gathers, sums, max pooling): J∘J = J.
 * ``scaling``: every input entry feeds at most one output entry, linearly (means, dropout): (J∘J)ᵀ h = Jᵀ1 ∘ Jᵀh.
 * ``pointwise``: every input entry feeds one output entry: both terms of (2) from two products, no formula.
+* ``stretching``: y = c ∘ x with c piecewise constant: two products. ``constant``: no derivative at all.
 * ``elementwise``: y = φ(x), with φ' and φ'' given as formulas.
 * ``decomposed``: a fused kernel, carried out again in steps; each step has its own rule.
 """
@@ -21,11 +22,18 @@ from ..registry import rule
 from .default import others_fixed
 
 Derivative = Callable[..., Tensor]
+Ratio = Callable[..., tuple[Tensor, float]]
 
 
-def selection(*names: str, outputs: str = "first") -> None:
-    """Every entry of J is 0 or 1, so J∘J = J and h_x = Jᵀ h; nothing bends."""
-    rule(*names, how="closed form", outputs=outputs, coincident=True)(select_all if outputs == "all" else select)
+def selection(*names: str, outputs: str = "first", coincident: bool = True) -> None:
+    """Every entry of J is 0 or 1, so J∘J = J and h_x = Jᵀ h; nothing bends. Complex tensors are no different.
+
+    Where several inputs are added up, ``coincident`` must be false: x + x has slope 2.
+    """
+    for wave in ("diagonal", "complex"):
+        rule(*names, wave=wave, outputs=outputs, coincident=coincident, linear=True)(
+            select_all if outputs == "all" else select
+        )
 
 
 def select(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
@@ -40,7 +48,7 @@ def select_all(op: Operation, g: Any, h: Sequence[Tensor | None] | None) -> Any:
 
 def scaling(*names: str) -> None:
     """y is linear and each entry of each input feeds at most one output entry, with any slope."""
-    rule(*names, how="closed form", coincident=True)(scale)
+    rule(*names, coincident=True, linear=True)(scale)
 
 
 def scale(op: Operation, g: Tensor | None, h: Tensor | None) -> list[Tensor | None] | None:
@@ -67,43 +75,91 @@ def pointwise_rule(op: Operation, g: Tensor | None, h: Tensor | None) -> list[Te
             else:
                 waves[group[0]] = sum(ones[i] for i in group) * sum(pulled[i] for i in group)  # type: ignore[misc, call-overload]
     if g is not None:
-        _add_bending(op, g, waves)
+        for i, bend in bending(op, g).items():
+            wave = waves[i]
+            waves[i] = bend if wave is None else op.reduced(wave, i) + bend
     return waves
 
 
-def _add_bending(op: Operation, g: Tensor, waves: list[Tensor | None]) -> None:
+def bending(
+    op: Operation, g: Tensor | Sequence[Tensor | None], weights: Callable[[Tensor], Tensor] = torch.ones_like
+) -> dict[int, Tensor]:
+    """∂(Jᵀg)/∂x · v, by input: with v = 1 the second term of (2) if ∂(Jᵀg)/∂x is diagonal. Linear inputs are left out.
+
+    Args:
+        g: the gradient at the first output, or at each.
+        weights: makes v from a tensor of its shape.
+    """
+    bends: dict[int, Tensor] = {}
     with torch.enable_grad():
-        outs = op.vjp(g.detach(), *[None] * (len(op.outputs) - 1))
+        gs = [g, *[None] * (len(op.outputs) - 1)] if isinstance(g, Tensor) else g
+        outs = op.vjp(*(None if v is None else v.detach() for v in gs))
         for group in op.groups:
             # reduced before the derivative: a broadcast entry is one variable of many outputs, diagonal all the same
-            parts = [out for i in group if (out := outs[i]) is not None and out.requires_grad]
+            parts = [op.reduced(out, i) for i in group if (out := outs[i]) is not None and out.requires_grad]
             if not parts:
                 continue
             i, out = group[0], sum(parts[1:], start=parts[0])
             with others_fixed(op, i):
-                bend = torch.autograd.grad(
-                    out, GradientEdge(*op.edges[i]), torch.ones_like(out), retain_graph=True, allow_unused=True
-                )[0]
+                edge = GradientEdge(*op.edges[i])
+                bend = torch.autograd.grad(out, edge, weights(out), retain_graph=True, allow_unused=True)[0]
             if bend is not None:
-                wave = waves[i]
-                waves[i] = bend.detach() if wave is None else op.reduced(wave, i) + bend.detach()
+                bends[i] = bend.detach()
+    return bends
 
 
-def elementwise(*names: str, d1: Derivative, d2: Derivative | None = None) -> None:
-    """y = φ(x): h_x = φ'² h + φ'' g. ``d1(op)`` is φ'; ``d2(op, φ')`` is φ'', absent if φ is piecewise linear."""
+def stretching(*names: str) -> None:
+    """y = c ∘ x with c piecewise constant: J is symmetric, so h_x = J(J h)."""
+    rule(*names, coincident=True, linear=True)(stretch)
+
+
+def stretch(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
+    """y = c ∘ x, c piecewise constant: h_x = c² h."""
+    if h is None:
+        return None
+    rest = [None] * (len(op.outputs) - 1)
+    return op.vjp(op.vjp(h, *rest)[0], *rest)
+
+
+def constant(*names: str) -> None:
+    """y does not change with x, or only by jumps: no wave."""
+    rule(*names, coincident=True, linear=True)(zero)
+
+
+def zero(op: Operation, g: Tensor | None, h: Tensor | None) -> None:
+    """y is piecewise constant: h_x = 0."""
+
+
+def elementwise(*names: str, d1: Derivative, d2: Derivative | None = None, ratio: Ratio | None = None) -> None:
+    """y = φ(x): h_x = φ'² h + φ'' g.
+
+    ``d1(op)`` is φ'. ``d2(op, φ')`` is φ''; or, with fewer products, ``ratio(op, φ') = (ρ, c)`` where φ'' = c ρ φ'.
+    Neither is given if φ is piecewise linear.
+    """
 
     def elementwise_rule(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
         """y = φ(x): h_x = φ'² h + φ'' g."""
-        if h is None and (d2 is None or g is None):
+        if d2 is None and ratio is None:
+            g = None
+        if g is None and h is None:
             return None
         slope = d1(op)
-        pulled = None if h is None else slope * slope * h
-        if d2 is None or g is None:
-            return pulled
-        bend = d2(op, slope)
-        return bend * g if pulled is None else torch.addcmul(pulled, bend, g)
+        pulled = None if h is None else slope * h
+        if g is not None and ratio is not None:
+            rho, c = ratio(op, slope)
+            pulled = c * rho * g if pulled is None else torch.addcmul(pulled, rho, g, value=c)
+            return slope * pulled
+        pulled = None if pulled is None else slope * pulled
+        return pulled if g is None or d2 is None else bent(pulled, d2(op, slope), g)
 
-    rule(*names)(elementwise_rule)
+    rule(*names, linear=d2 is None and ratio is None)(elementwise_rule)
+
+
+def bent(pulled: Tensor | None, bend: Tensor, g: Tensor, factor: float = 1) -> Tensor:
+    """The sum of both terms of (2), ``pulled + factor · bend ∘ g``, where the first may be zero."""
+    if pulled is not None:
+        return torch.addcmul(pulled, bend, g, value=factor)
+    return bend * g if factor == 1 else bend * g * factor
 
 
 def decomposed(*names: Any, outputs: str = "all") -> Callable[[Callable[..., Any]], Any]:

@@ -80,13 +80,18 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """A named case; ``dtypes`` other than float64 that it also runs in."""
+    """A named case.
+
+    ``float32``: whether it also runs in float32. ``twin``: the same function in steps that PyTorch can differentiate
+    twice, for a single operation that it cannot.
+    """
 
     name: str
     build: Callable[[Draw], Built]
     float32: bool = True
     examples: int = 6
     slow: bool = False
+    twin: Callable[..., Any] | None = None
 
     def __str__(self) -> str:
         return self.name
