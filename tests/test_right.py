@@ -17,7 +17,7 @@ from curvext import HesScale, extend
 from curvext.testing import EXACT, check_quantity
 
 from .models import MODELS, one_hidden
-from .reference import hessian_diagonal
+from .reference import equation_2, hessian_diagonal
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -356,10 +356,20 @@ class TestSurroundings:
         check(other.parameters(), lambda: F.mse_loss(other(2 * x), y))
         torch.testing.assert_close([p.hesscale for p in model.parameters()], before)
 
-    def test_weight_normalisation_and_other_parametrisations(self):
+    def test_weight_normalisation(self):
+        """The normalisation is one more operation between the parameters and the weight."""
         layer, x, y = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), torch.randn(6, 4), torch.randn(6, 3)
-        check_quantity(HesScale(), layer, lambda: F.mse_loss(layer(x), y))
-        magnitude = layer.parametrizations.weight.original0
+        g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+        nn.init.uniform_(g, 0.5, 2)
+        weight = layer.weight.detach().requires_grad_()
+        with extend([weight]):
+            F.mse_loss(F.linear(x, weight, layer.bias.detach()), y).backward()
         with extend(layer):
             F.mse_loss(layer(x), y).backward()
-        assert magnitude.hesscale.shape == magnitude.shape and (magnitude.hesscale > 0).all()
+
+        def normalised(g, v):
+            return g * v / v.norm(dim=1, keepdim=True)
+
+        for i, p in enumerate((g, v)):
+            want = equation_2(normalised, [g.detach(), v.detach()], i, weight.grad, weight.hesscale)
+            torch.testing.assert_close(p.hesscale, want)
