@@ -18,7 +18,23 @@ from .reference import equation_2
 pytestmark = pytest.mark.filterwarnings("ignore")  # the samples warn about deprecated arguments
 
 # Samples whose reference, not whose rule, fails; with the reason.
-NO_REFERENCE = {"as_strided.partial_views": "reads outside of a copied leaf"}
+NO_REFERENCE = {
+    "as_strided.partial_views": "reads outside of a copied leaf",
+    "linalg.norm.subgradients_at_zero": "PyTorch's second derivative is not a number there, the rule's is zero",
+    "masked.mean": "samples with nothing to average, 0 / 0: enumeration spreads it to other entries",
+    "masked.logaddexp": "samples of -inf alone, where gradients are not numbers: enumeration spreads them",
+    "__rpow__": "powers of negative numbers, where derivatives are not numbers: enumeration spreads them",
+    "masked.logsumexp": "samples of -inf alone, where gradients are not numbers: enumeration spreads them",
+}
+# Operators that PyTorch cannot differentiate twice; their cases have twins that it can.
+ONCE = {
+    "nn.functional.hardsigmoid",
+    "nn.functional.multi_margin_loss",
+    "nn.functional.multilabel_margin_loss",
+    "nn.functional.pdist",
+    "_segment_reduce.lengths",
+    "_segment_reduce.offsets",
+}
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=label(op)) for op in differentiable()])
@@ -31,9 +47,10 @@ def test_operator(op):
         for operation in sample.operations:
             if needs_default(operation):
                 unruled.add(operation.kind)
-            elif registry.find(operation, "diagonal").how != "refused":
+            elif registry.find_diagonal(operation).how != "refused":
                 check_operation(operation, generator, rtol=1e-7, atol=1e-8)
-        one_step_equals_autograd_functional(sample, generator)
+        if label(op) not in ONCE:
+            one_step_equals_autograd_functional(sample, generator)
     if unruled:
         pytest.skip(f"by the default: {sorted(map(str, unruled))}")
 
@@ -42,7 +59,7 @@ def one_step_equals_autograd_functional(sample, generator):
     """Equation (2) from Jacobian and Hessian, for samples that are one operation with one output."""
     (op, *more), ys = sample.operations, sample.function(*sample.leaves)
     if (
-        not ys[0].numel()
+        not all(t.numel() for t in (*sample.leaves, ys[0]))
         or more
         or len(op.outputs) > 1
         or op.coincident
@@ -58,12 +75,12 @@ def one_step_equals_autograd_functional(sample, generator):
         if wave is not None and op.needs[i]:
             k = position[op.edges[i]]
             want = equation_2(lambda *leaves: sample.function(*leaves)[0], sample.leaves, k, g, h)
-            torch.testing.assert_close(op.reduced(wave, i), want, rtol=1e-7, atol=1e-8)
+            torch.testing.assert_close(op.reduced(wave, i), want, rtol=1e-7, atol=1e-8, equal_nan=True)
 
 
 def _real(op, y):
-    return y.dtype.is_floating_point and all(
-        not op.input(i).dtype.is_complex for i in range(len(op.edges)) if op.needs[i]
+    return y.dtype is torch.float64 and all(
+        op.inputs[i].dtype is torch.float64 for i in range(len(op.edges)) if op.needs[i]
     )
 
 

@@ -15,11 +15,8 @@ from curvext.rules.default import default
 from curvext.sweep import Settings
 from curvext.testing import EXACT, check_rule, rounding
 
-from .cases import CASES, Draw
+from .cases import CASES, ELSEWHERE, Draw
 from .reference import equation_2
-
-# Nodes that this machine cannot record (another device's kernels, or another version of torch), with the reason.
-ELSEWHERE: dict[str, str] = {}
 
 each_case = pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES]

@@ -129,5 +129,9 @@ def of_module(draw: Draw, module: torch.nn.Module, *inputs: Any) -> Built:
     return function, [*values, *inputs]
 
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+# Nodes that this machine cannot record (another device's kernels, or another version of torch), with the reason.
+ELSEWHERE: dict[str, str] = {}
+
+for _info in iter_modules(__path__):
+    _module = import_module(f"{__name__}.{_info.name}")
+    ELSEWHERE.update(getattr(_module, f"ELSEWHERE_{_info.name.upper()}", {}))
