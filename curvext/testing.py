@@ -65,7 +65,8 @@ def check_rule(
         if rule is None or rule.how == "refused":
             continue
         both = check_operation(op, generator, rtol, atol)
-        kind = (op.kind, "complex") if op.is_complex else op.kind
+        kind = op.kind if (op.kind, "diagonal") in registry.RULES else op.name
+        kind = (kind, "complex") if op.is_complex else kind
         checked.add(kind if both else (kind, "first term"))
     return checked
 
