@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 from ..graph import Operation
 from ..registry import rule
-from .structure import scale, scaling
+from .structure import decomposed, scale, scaling
 
 Waves = Any
 
@@ -148,4 +148,28 @@ def cudnn_ctc(op: Operation, g: Tensor | None, h: Tensor | None) -> None:
     raise CurvatureError(
         "cuDNN's CTC loss does not save what its curvature needs. Use PyTorch's own, with targets on the GPU or under "
         "torch.backends.cudnn.flags(enabled=False)."
+    )
+
+
+CHUNKED = "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_"
+
+
+@decomposed(CHUNKED + "no_reduction_defaultBackward")
+def linear_cross_entropy(op: Operation) -> Any:
+    """Cross entropy of a linear layer, in chunks: that of all samples together."""
+    x, w, target, b, weight = op.saved_tensors
+    leaves: list[Any] = [
+        None if v is None else v.detach().requires_grad_(k < len(op.needs) and op.needs[k])
+        for k, v in ((0, x), (1, w), (3, b))
+    ]
+    loss = F.cross_entropy(F.linear(*leaves), target, weight, ignore_index=op._ignore_index, reduction="none")
+    return [*leaves[:2], None, leaves[2]][: len(op.needs)], [loss]
+
+
+@rule(CHUNKED + "defaultBackward", how="refused")
+def reduced_linear_cross_entropy(op: Operation, g: Any, h: Any) -> None:
+    """Keeps its gradient alone, and hands it out once."""
+    raise CurvatureError(
+        "linear_cross_entropy in chunks does not save what its curvature needs. Leave out options=, or use "
+        "reduction='none' and reduce the result."
     )

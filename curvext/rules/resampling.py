@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,33 +73,54 @@ def affine_grid(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | N
     return torch.einsum("npd,kp->ndk", h.flatten(1, -2), positions.square())
 
 
-@rule("GridSampler2DBackward0", "GridSampler3DBackward0", "GridSampler2DCpuFallbackBackward0")
+class Sampling(NamedTuple):
+    """What a grid sampler saved; cuDNN's has one setting alone."""
+
+    image: Tensor
+    grid: Tensor
+    mode: int = 0  # linear, nearest, cubic
+    padding_mode: int = 0  # zeros, border, reflection
+    align_corners: bool = True
+
+    @classmethod
+    def of(cls, op: Operation) -> Sampling:
+        if op.name.startswith("Cudnn"):
+            return cls(op.self, op.grid)
+        return cls(op.input, op.grid, op.interpolation_mode, op.padding_mode, op.align_corners)
+
+
+@rule(
+    "CudnnGridSamplerBackward0",
+    "GridSampler2DBackward0",
+    "GridSampler2DCpuFallbackBackward0",
+    "GridSampler3DBackward0",
+)
 def grid_sample(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = Σ w(grid) x over the corners of a cell: h_x = Σ w² h, h_grid = Σ (∂y/∂grid)² h; linear along each axis."""
-    if op.interpolation_mode == 2:  # bicubic: taps may coincide at the border
+    s = Sampling.of(op)
+    if s.mode == 2:  # taps may coincide at the border
         return default(op, None if g is None else [g], None if h is None else [h])
     if h is None:
         return None
-    if op.interpolation_mode == 1:  # nearest
+    if s.mode == 1:
         return op.vjp(h)[0], None
-    return _onto_input(op, h) if op.needs[0] else None, _onto_grid(op, h) if op.needs[1] else None
+    return _onto_image(s, h) if op.needs[0] else None, _onto_grid(s, h) if op.needs[1] else None
 
 
-def _onto_input(op: Operation, h: Tensor) -> Tensor:
-    wave = torch.zeros_like(_image(op)).flatten(2)
-    for index, weights, _ in _corners(op):
+def _onto_image(s: Sampling, h: Tensor) -> Tensor:
+    wave = torch.zeros_like(s.image, memory_format=torch.contiguous_format).flatten(2)
+    for index, weights, _ in _corners(s):
         weight = torch.stack(weights).prod(0)
         index = index.unsqueeze(1).expand(h.shape).flatten(2)
         wave.scatter_add_(2, index, (weight.square().unsqueeze(1) * h).flatten(2))
-    return wave.view(_image(op).shape)
+    return wave.view(s.image.shape)
 
 
-def _onto_grid(op: Operation, h: Tensor) -> Tensor:
-    x = _image(op)
-    n = x.dim() - 2
+def _onto_grid(s: Sampling, h: Tensor) -> Tensor:
+    n = s.image.dim() - 2
     slopes: list[Any] = [0.0] * n
-    for index, weights, moves in _corners(op):
-        values = x.flatten(2).gather(2, index.unsqueeze(1).expand(h.shape).flatten(2)).view(h.shape)
+    for index, weights, moves in _corners(s):
+        values = s.image.flatten(2).gather(2, index.unsqueeze(1).expand(h.shape).flatten(2)).view(h.shape)
         for d in range(n):
             parts = [moves[k] if k == d else weights[k] for k in range(n)]
             slopes[d] = slopes[d] + torch.stack(parts).prod(0).unsqueeze(1) * values
@@ -107,16 +128,12 @@ def _onto_grid(op: Operation, h: Tensor) -> Tensor:
     return torch.stack([(slope.square() * h).sum(1) for slope in reversed(slopes)], -1)
 
 
-def _image(op: Operation) -> Any:
-    return cast(Any, op.node)._saved_input  # op.input is something else
-
-
-def _corners(op: Operation) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
+def _corners(s: Sampling) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
     """For each corner of the cells: its flat index, and by dimension its weight and how that moves with the grid."""
-    sizes = _image(op).shape[2:]
-    taps = [_taps(op.grid[..., len(sizes) - 1 - d], size, op) for d, size in enumerate(sizes)]
+    sizes = s.image.shape[2:]
+    taps = [_taps(s.grid[..., len(sizes) - 1 - d], size, s) for d, size in enumerate(sizes)]
     for choice in product((0, 1), repeat=len(sizes)):
-        flat, weights, moves = torch.zeros_like(op.grid[..., 0], dtype=torch.long), [], []
+        flat, weights, moves = torch.zeros_like(s.grid[..., 0], dtype=torch.long), [], []
         for d, side in enumerate(choice):
             index, weight, move = taps[d][side]
             flat = flat * sizes[d] + index
@@ -125,9 +142,9 @@ def _corners(op: Operation) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]
         yield flat, weights, moves
 
 
-def _taps(grid: Tensor, size: int, op: Operation) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _taps(grid: Tensor, size: int, s: Sampling) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The two neighbours of a coordinate along one dimension: index, weight, derivative of the weight."""
-    x, slope = _position(grid, size, op.padding_mode, op.align_corners)
+    x, slope = _position(grid, size, s.padding_mode, s.align_corners)
     lower = x.floor()
     t = x - lower
     taps = []

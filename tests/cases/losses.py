@@ -6,8 +6,6 @@ from torch import nn
 
 from . import Built, Draw, add_case, case, of_module
 
-ELSEWHERE_LOSSES: dict[str, str] = {}
-
 
 def _further(d: Draw, loss):
     """The loss as it is, or with a curvature of its own on top."""
@@ -229,3 +227,22 @@ def _ctc(name, **options):
 
 _ctc("lists")
 _ctc("tensors")
+
+
+@case
+def linear_cross_entropy_loss(d: Draw) -> Built:
+    """The layer and the loss in one, plainly and in chunks."""
+    options = {"reduction": d.choice("none", "mean"), "weight": _weights(d, 3)}
+    if options["reduction"] == "none" and hasattr(F, "linear_cross_entropy"):
+        from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+        options["options"] = LinearCrossEntropyOptions(batch_chunk_size=2)
+    t, bias = torch.tensor([0, 2, 1, 2, -100]), d.boolean()
+    inputs = [d.tensor(5, 4), d.tensor(3, 4), *([d.tensor(3)] if bias else [])]
+
+    def loss(x, w, b=None):
+        if not hasattr(F, "linear_cross_entropy"):
+            return F.cross_entropy(F.linear(x, w, b), t, **options)
+        return F.linear_cross_entropy(x, w, t, linear_bias=b, **options)
+
+    return _further(d, loss), inputs

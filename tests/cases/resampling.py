@@ -7,6 +7,7 @@ from . import Built, Draw, add_case, case
 
 ELSEWHERE_RESAMPLING = {
     "CudnnAffineGridGeneratorBackward0": "cuDNN",
+    "CudnnGridSamplerBackward0": "cuDNN",
     "GridSampler2DCpuFallbackBackward0": "recorded for quantized and very large images alone",
 }
 
