@@ -1,0 +1,117 @@
+"""The benchmarks in their quick modes, and the measuring itself where there is a right answer."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The scripts import each other as files of one folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def cost():
+    return importlib.import_module("hesscale_cost")
+
+
+@pytest.fixture
+def quality():
+    return importlib.import_module("hesscale_quality")
+
+
+@pytest.fixture
+def models():
+    return importlib.import_module("models")
+
+
+def test_cost(cost, tmp_path, capsys):
+    output = tmp_path / "cost.json"
+    cost.main(["--quick", "--output", str(output)])
+    results = json.loads(output.read_text())
+    assert results["environment"]["torch"] == torch.__version__
+    parts = results["threads"]["1"]
+    assert set(parts) == {"models", "growth", "memory", "overhead"}
+    for name, entry in parts["models"].items():
+        assert 1.5 < entry["limit"] < 1.7, name
+        assert entry["counted HesScale"] <= entry["limit"] + 0.1, name
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cost.MODELS)
+
+
+def test_prediction_of_a_multilayer_perceptron(cost, models):
+    prediction = cost.predict(models.MODELS["MLP 784-512-256-10"](4))
+    layers = 784 * 512 + 512 * 256 + 256 * 10
+    backward = 2 * layers - 784 * 512
+    assert prediction["limit"] == pytest.approx(1 + backward / (layers + backward))
+    assert prediction["counted HesScale"] == pytest.approx(prediction["limit"], rel=1e-3)
+    assert prediction["counted HesScaleGN"] <= prediction["counted HesScale"]
+
+
+def test_prediction_knows_attention(cost):
+    q = torch.randn(2, 3, 5, 4, requires_grad=True)
+    forward = cost.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert forward == 2 * 2 * (2 * 3 * 5 * 5 * 4)
+
+
+def test_peak_of_memory():
+    peak = importlib.import_module("peak")
+    kib = 256  # floats
+
+    def call():
+        a = torch.ones(100 * kib)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert 200 * 1024 <= peak.peak_bytes(call, lambda: None) <= 201 * 1024
+
+
+def test_resnet_and_transformer_have_their_layers(models):
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in models.resnet18(4).modules()) == 20
+    assert models.MODELS["transformer, 2 blocks of 128"](3).loss().isfinite()
+
+
+def test_quality(quality, tmp_path, capsys):
+    output = tmp_path / "quality.json"
+    quality.main(["--quick", "--output", str(output)])
+    results = json.loads(output.read_text())
+    assert all(results["within"].values()), results["within"]
+    relu = results["trained"]["ReLU"]["before"]["normalised"]
+    assert relu["GGN, exact"] < 1e-10 and relu["HesScaleGN"] == 1
+    assert "NO" not in capsys.readouterr().out.split()
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_exact_diagonals_of_samples(quality, models, float64):
+    model = models.mlp(2, 3, 3, activation=torch.nn.Tanh)
+    samples = quality.Samples(model, torch.randn(4, 2), torch.randint(3, (4,)))
+    for n, (x, y) in enumerate(zip(samples.x, samples.y, strict=True)):
+
+        def loss(*parameters, x=x, y=y):
+            named = dict(zip(dict(model.named_parameters()), parameters, strict=True))
+            return torch.nn.functional.cross_entropy(torch.func.functional_call(model, named, (x,)), y)
+
+        hessian = torch.autograd.functional.hessian(loss, tuple(p.detach() for p in model.parameters()))
+        for i, h in enumerate(quality.exact(samples)):
+            p = samples.parameters[i][n]
+            torch.testing.assert_close(h[n].flatten(), hessian[i][i].reshape(p.numel(), p.numel()).diagonal())
+
+
+def test_samples_are_single_losses(quality, models, float64):
+    """Curvature of a stack is what one block for each sample gives."""
+    model = models.mlp(2, 3, 3, activation=torch.nn.Tanh)
+    samples = quality.Samples(model, torch.randn(4, 2), torch.randint(3, (4,)))
+    for name in ("HesScale", "BL89", "GGN, exact"):
+        estimate = quality.estimators(torch.Generator())[name]
+        stacked = estimate(samples)
+        for n in range(4):
+            single = quality.Samples(model, samples.x[n : n + 1], samples.y[n : n + 1])
+            for a, b in zip(stacked, estimate(single), strict=True):
+                torch.testing.assert_close(a[n], b[0])
