@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from curvext import CurvatureError, HesScale, extend, registry
 from curvext.diagonal import pass_diagonal, through
 from curvext.graph import Operation, edge_of, operations
+from curvext.rules.recurrent import lstm_waves
 from curvext.sweep import Settings
 from curvext.testing import check_quantity
 
@@ -75,6 +76,30 @@ def test_frozen_parts_of_a_fused_lstm(frozen):
         loss_of(layer, x).backward()
     want = {name: wave for name, wave in curvature.hesscale.items() if name not in frozen.split()}
     torch.testing.assert_close(again.hesscale, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gauss_newton", [False, True])
+@pytest.mark.parametrize("arriving", ["y h c", "y", "h", "c"])
+def test_an_lstm_in_closed_form_equals_its_steps(reverse, bias, gauss_newton, arriving, float64):
+    """To rounding; the kernel itself has no float64."""
+    layer = nn.LSTM(3, 2, bias=bias)
+    x, h, c = (torch.randn(*shape).requires_grad_() for shape in [(4, 2, 3), (1, 2, 2), (1, 2, 2)])
+    given = x.flip(0) if reverse else x
+    y, (last_h, last_c) = layer(given, (h, c))
+    y = y.flip(0) if reverse else y
+    g, w = (
+        [torch.randn_like(v) if k in arriving else None for k, v in zip("yhc", (y, h, c), strict=True)] for _ in "gw"
+    )
+    g = None if gauss_newton else g
+    tensors = [x, *layer.parameters()]
+    want = through([y, last_h, last_c], [*tensors, h, c], g, w, Settings())
+    g, w = (v and [t if t is None or t is v[0] else t[0] for t in v] for v in (g, w))
+    got = lstm_waves([t.detach() for t in tensors], (h[0].detach(), c[0].detach()), y.detach(), reverse, g, w)
+    got = got if bias else [*got[:3], *got[5:]]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.view_as(b), b, rtol=1e-11, atol=1e-13)
 
 
 LAYERS = {

@@ -1,8 +1,8 @@
-"""Recurrent layers: fused kernels, carried out again step by step.
+"""Recurrent layers: fused kernels, back through the steps they consist of.
 
 LSTM, with a = W_x x_t + b_x + W_h h_(t-1) + b_h in four parts (Hochreiter & Schmidhuber 1997):
 
-    i, f, o = σ(a_i), σ(a_f), σ(a_o),   u = tanh a_u,   c_t = f c_(t-1) + i u,   h_t = o tanh c_t
+    i, f, u, o = σ(a_i), σ(a_f), tanh(a_u), σ(a_o),   c_t = f c_(t-1) + i u,   h_t = o tanh c_t
 
 GRU (Cho et al. 2014, in the form that cuDNN uses):
 
@@ -13,6 +13,7 @@ Layers that PyTorch itself carries out in steps (RNN, GRU, LSTM in float64, with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -24,60 +25,108 @@ from ..graph import Operation
 from ..registry import rule
 from .structure import decomposed
 
-Steps = tuple[list[Tensor | None], list[Tensor | None]]
+Waves = Sequence[Tensor | None]
+Pair = Sequence[Tensor]  # what arrives at h_t and at c_t
 
 
-def leaves(op: Operation, *names: str) -> list[Tensor | None]:
-    """The operation's inputs as leaves, ``None`` where it has none."""
-    saved = [getattr(op.node, "_saved_" + name) for name in names]
-    return [None if x is None else x.detach().requires_grad_(need) for x, need in zip(saved, op.needs, strict=True)]
-
-
-@decomposed("MkldnnRnnLayerBackward0")
-def lstm_layer(op: Operation) -> Steps:
+@rule("MkldnnRnnLayerBackward0", how="decomposed", outputs="all", coincident=True)
+def lstm_layer(op: Operation, g: Waves | None, h: Waves | None) -> Waves:
     """One direction of one layer of an LSTM (CPU, float32), time step by time step."""
-    inputs = leaves(op, "input", "weight0", "weight1", "weight2", "weight3", "hx_", "cx_")
-    x, w_x, w_h, b_x, b_h, h, c = inputs
-    if not op.has_biases:
-        b_x = b_h = None
-    times = F.linear(x, w_x, b_x).unbind()  # type: ignore[arg-type]
-    outputs = []
-    for gates in reversed(times) if op.reverse else times:
-        h, c = lstm_step(gates + F.linear(h, w_h, b_h), c)  # type: ignore[arg-type]
-        outputs.append(h)
-    return inputs, [torch.stack(outputs[::-1] if op.reverse else outputs), h, c]
+    biases = [op.weight2, op.weight3] if op.has_biases else []
+    tensors = [op.input, op.weight0, op.weight1, *biases]
+    return lstm_waves(tensors, (op.hx_, op.cx_), op.result0, op.reverse, g, h)
 
 
-@decomposed("ThnnFusedLstmCellBackward0")
-def lstm_cell(op: Operation) -> Steps:
+def lstm_waves(
+    tensors: Sequence[Tensor], state: Pair, y: Tensor, reverse: bool, g: Waves | None, h: Waves | None
+) -> Waves:
+    """From the waves of all outputs y [T,N,O], last h and last c to those of x [T,N,I], weights, biases and state."""
+    x, w_x, w_h, *biases = tensors
+    (g_y, *at_g), (h_y, *at_h) = (_dense(waves, (y, *state)) for waves in (g, h))
+    if reverse:
+        x, y, g_y, h_y = (v.flip(0) for v in (x, y, g_y, h_y))
+    before = torch.cat((state[0].unsqueeze(0), y[:-1]))
+    steps = LstmSteps(sum(biases, start=F.linear(x, w_x) + F.linear(before, w_h)), state[1])
+    square, gates = w_h.square(), []
+    for t in reversed(range(len(x))):
+        a_g, a_h, c_g, c_h = steps.back(t, (at_g[0] + g_y[t], at_g[1]) if g else None, (at_h[0] + h_y[t], at_h[1]))
+        gates.append(a_h)
+        at_g, at_h = [a_g @ w_h, c_g] if g else at_g, [a_h @ square, c_h]
+    h_a = torch.stack(gates[::-1])
+    h_x, flat = h_a @ w_x.square(), h_a.flatten(0, 1).mT
+    h_b = flat.sum(1) if biases else None
+    weights = (flat @ v.flatten(0, 1).square() for v in (x, before))
+    return [h_x.flip(0) if reverse else h_x, *weights, h_b, h_b, *at_h]
+
+
+class LstmSteps:
+    """The slopes of every step of an LSTM, from its gates a [T,N,4·O] and its first c."""
+
+    def __init__(self, gates: Tensor, c: Tensor):
+        i, f, u, o = gates.chunk(4, -1)
+        i, f, u, o = i.sigmoid(), f.sigmoid(), u.tanh(), o.sigmoid()
+        cells = [c]
+        for forget, new in zip(f, i * u, strict=True):
+            cells.append(torch.addcmul(new, forget, cells[-1]))
+        tanh = torch.stack(cells[1:]).tanh()
+        slopes = torch.stack((i * (1 - i), f * (1 - f), 1 - u * u, o * (1 - o)), -2)
+        bends = slopes * torch.stack((1 - 2 * i, 1 - 2 * f, -2 * u, 1 - 2 * o), -2)
+        factors = torch.stack((u, torch.stack(cells[:-1]), i, tanh), -2)  # of i, f, u and o
+        self.gate, self.bend = slopes * factors, bends * factors
+        self.forget, self.out = f, o * (1 - tanh * tanh)
+        self.out_bend = -2 * tanh * self.out
+        self.gate_square, self.forget_square, self.out_square = (s.square() for s in (self.gate, self.forget, self.out))
+
+    def back(self, t: int, g: Pair | None, h: Pair) -> tuple[Any, Tensor, Any, Tensor]:
+        """Gradient (if given) and wave of the gates of step t [N,4·O], then of c_(t-1), from those of h_t and c_t."""
+        h_c = torch.addcmul(h[1], self.out_square[t], h[0])
+        if g is None:
+            wave = self.gate_square[t] * _four(h_c, h[0])
+            return None, wave.flatten(-2), None, self.forget_square[t] * h_c
+        h_c = torch.addcmul(h_c, self.out_bend[t], g[0])
+        g_c = torch.addcmul(g[1], self.out[t], g[0])
+        g_gates = _four(g_c, g[0])
+        wave = torch.addcmul(self.bend[t] * g_gates, self.gate_square[t], _four(h_c, h[0]))
+        slope = self.gate[t] * g_gates
+        return slope.flatten(-2), wave.flatten(-2), self.forget[t] * g_c, self.forget_square[t] * h_c
+
+
+def _four(c: Tensor, h: Tensor) -> Tensor:
+    """What arrives at the products with i, f, u (by c) and o (by h)."""
+    return torch.stack((c, c, c, h), -2)
+
+
+@rule("ThnnFusedLstmCellBackward0", how="decomposed", outputs="all", coincident=True)
+def lstm_cell(op: Operation, g: Waves | None, h: Waves | None) -> Waves:
     """One time step of an LSTM (CUDA), from W_x x and W_h h on."""
-    inputs = leaves(op, "input_gates", "hidden_gates", "cx", "input_bias", "hidden_bias")
-    a_x, a_h, c, b_x, b_h = inputs
-    gates = _biased(a_x, b_x) + _biased(a_h, b_h)
-    return inputs, list(lstm_step(gates, c))  # type: ignore[arg-type]
+    gates = _biased(op.input_gates, op.input_bias) + _biased(op.hidden_gates, op.hidden_bias)
+    at_g, at_h = (_dense(waves, (op.cx, op.cx)) for waves in (g, h))
+    _, h_a, _, h_c = LstmSteps(gates.unsqueeze(0), op.cx).back(0, at_g if g else None, at_h)
+    return h_a, h_a, h_c, h_a, h_a
 
 
 @decomposed("ThnnFusedGruCellBackward0")
-def gru_cell(op: Operation) -> Steps:
+def gru_cell(op: Operation) -> tuple[Waves, Waves]:
     """One time step of a GRU (CUDA), from W_x x and W_h h on."""
-    inputs = leaves(op, "input_gates", "hidden_gates", "hx", "input_bias", "hidden_bias")
+    saved = (op.input_gates, op.hidden_gates, op.hx, op.input_bias, op.hidden_bias)
+    inputs: list[Any] = [x if x is None else x.detach().requires_grad_(k) for x, k in zip(saved, op.needs, strict=True)]
     a_x, a_h, h, b_x, b_h = inputs
     x_r, x_z, x_u = _biased(a_x, b_x).chunk(3, 1)
     h_r, h_z, h_u = _biased(a_h, b_h).chunk(3, 1)
     r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
     u = (x_u + r * h_u).tanh()
-    return inputs, [u + z * (h - u)]  # type: ignore[operator]
+    return inputs, [u + z * (h - u)]
 
 
-def lstm_step(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The new h and c of an LSTM, as PyTorch computes them."""
-    a_i, a_f, a_u, a_o = gates.chunk(4, 1)
-    c = a_f.sigmoid() * c + a_i.sigmoid() * a_u.tanh()
-    return a_o.sigmoid() * c.tanh(), c
-
-
-def _biased(gates: Any, bias: Tensor | None) -> Tensor:
+def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
     return gates if bias is None else gates + bias
+
+
+def _dense(waves: Waves | None, like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros where nothing arrives."""
+    if waves is None:
+        waves = [None] * len(like)
+    return [torch.zeros_like(x) if wave is None else wave for wave, x in zip(waves, like, strict=False)]
 
 
 @rule("CudnnRnnBackward0", "MiopenRnnBackward0", how="refused", outputs="all", coincident=True)

@@ -7,7 +7,7 @@ from ..stand_ins import aten
 from . import Built, Draw, add_case, case, of_module
 
 ELSEWHERE_RECURRENT = {
-    "MkldnnRnnLayerBackward0": "float32 only: test_rules_in_float32[lstm_layer] and tests/test_recurrent.py",
+    "MkldnnRnnLayerBackward0": "float32 only: tests/test_recurrent.py",
 }
 
 
