@@ -9,6 +9,7 @@ from torch import nn
 
 from curvext import HesScale, extend
 from curvext.registry import RULES
+from curvext.rules import normalization
 
 from .reference import equation_2, hessian, split
 
@@ -58,6 +59,27 @@ def test_exact_below_a_separable_loss(float64, norm):
     for i, want in enumerate(exact):
         if i > 0 or mixes:  # the input of the linear layer has a full Hessian
             torch.testing.assert_close(curvature.hesscale[str(i)], want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.BatchNorm1d(6)], ids=str)
+def test_blocks_make_no_difference(float64, monkeypatch, norm):
+    model, x, y = norm.double(), torch.randn(7, 6, 5)[..., 0].requires_grad_(), torch.randn(7, 6)
+    results = []
+    for block in (1, 20, 1 << 17):
+        monkeypatch.setattr(normalization, "BLOCK", block)
+        with extend({"x": x, **dict(model.named_parameters())}) as curvature:
+            ((model(x) - y) ** 4).sum().backward()
+        results.append(curvature.hesscale)
+    for other in results[1:]:
+        for name, value in other.items():
+            torch.testing.assert_close(value, results[0][name])
+
+
+def test_no_samples():
+    norm = nn.LayerNorm(3)
+    with extend(norm) as curvature:
+        norm(torch.randn(0, 3)).square().sum().backward()
+    assert not curvature.hesscale["weight"].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -10,9 +10,10 @@ cost of the gradient. Without the mean (RMS norm, weight norm) the terms 1/d and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..graph import Operation
@@ -20,76 +21,136 @@ from ..registry import rule
 
 Waves = tuple[Tensor | None, Tensor | None, Tensor | None]
 Dims = list[int] | tuple[int, ...]
+BLOCK = 1 << 17  # entries that a CPU computes together: half a megabyte in float32
 
 
 def normalized(
     xhat: Tensor, rstd: Tensor, w: Tensor | None, u: Tensor | None, dims: Dims, d: int, centred: bool = True
 ) -> Tensor:
-    """Equation (2) across x̂ = (x - μ)/σ:  σ² h_x = a + x̂ (b + c x̂), where with sums Σ over the axes
+    """Equation (2) across x̂ = (x - μ)/σ, with sums Σ over the axes and s = Σux̂/d:
 
-        a = w (1 - 2/d) + Σw/d² - s (1 - 1/d),    b = 2 (Σwx̂ + Σu)/d² - 2u/d,    c = Σwx̂²/d² - 2w/d + 3s/d.
+        σ² h_x = w (1 - 2/d) - 2 (u x̂ + w x̂²)/d + a + x̂ (b + c x̂),
+        a = Σw/d² - s (1 - 1/d),    b = 2 (Σwx̂ + Σu)/d²,    c = Σwx̂²/d² + 3s/d.
 
-    Without the mean, a = w - s and b = -2u/d.
+    Without the mean: w instead of w (1 - 2/d), a = -s and b = 0.
 
     Args:
         xhat, rstd: the normalised x, and 1/σ.
-        w, u: wave and gradient at x̂; either may be ``None``.
+        w, u: wave and gradient at x̂; not both ``None``.
         dims: the axes, of ``d`` entries together. For σ = ‖x‖ instead of a root mean square, d is 1.
         centred: whether the mean was removed.
     """
+    wave: Any = None
     a: Any = 0.0
     b: Any = 0.0
     c: Any = 0.0
+    if u is not None:
+        wave = u * xhat
+        s = wave.sum(dims, keepdim=True) / d
+        a, c = -s, s * (3 / d)
+        if centred:
+            a, b = a + s / d, u.sum(dims, keepdim=True) * (2 / d**2)
     if w is not None:
         wx = w * xhat
-        c = (wx * xhat).sum(dims, keepdim=True) / d**2 - w * (2 / d)
-        a = w * (1 - 2 / d) + w.sum(dims, keepdim=True) / d**2 if centred else w
-        b = wx.sum(dims, keepdim=True) * (2 / d**2) if centred else b
-    if u is not None:
-        s = (u * xhat).sum(dims, keepdim=True) / d
-        a, b, c = a - s, b - u * (2 / d), c + s * (3 / d)
         if centred:
-            a, b = a + s / d, b + u.sum(dims, keepdim=True) * (2 / d**2)
-    return (c * xhat + b).mul_(xhat).add_(a).mul_(rstd.square())
+            a, b = a + w.sum(dims, keepdim=True) / d**2, b + wx.sum(dims, keepdim=True) * (2 / d**2)
+        wx = wx.mul_(xhat)
+        c = c + wx.sum(dims, keepdim=True) / d**2
+        wave = wx if wave is None else wave.add_(wx)
+    wave = wave.mul_(-2 / d)  # large tensors in place: this is memory traffic above all
+    if w is not None:
+        wave = wave.add_(w, alpha=1 - 2 / d if centred else 1)
+    scale = rstd.square()
+    inner = xhat * (c * scale)
+    inner = inner.add_(b * scale) if centred else inner
+    return wave.mul_(scale).addcmul_(inner, xhat).add_(a * scale)
 
 
-def affine_normalized(
+@dataclass(frozen=True)
+class Axes:
+    """Of x as a rule views it: the axes that are normalised, those that share γ, and one to go along in blocks."""
+
+    normalized: Dims
+    shared: Dims
+    blocks: int = 0
+
+
+def affine_normalized(op: Operation, axes: Axes, *tensors: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Equation (2) across y = γ x̂ + β, for x and γ; some slices at a time, so that intermediate results stay in cache.
+
+    Args:
+        tensors: g, h, x, the mean (or ``None``), 1/σ and γ, all broadcastable to x.
+    """
+    x = tensors[2]
+    axis, n = axes.blocks, x.shape[axes.blocks]
+    size = max(1, n * BLOCK // max(x.numel(), 1)) if x.is_cpu else n
+    if size >= n or not (op.needs[0] or op.needs[1]):
+        return _block(op, axes, *tensors)
+    whole = torch.empty_like(x) if op.needs[0] else None
+    of_gamma = []
+    for start in range(0, n, size):
+        length = min(size, n - start)
+        parts = (t if t is None or t.shape[axis] < n else t.narrow(axis, start, length) for t in tensors)
+        wave, part = _block(op, axes, *parts)
+        of_gamma.append(part)
+        if whole is not None and wave is not None:
+            whole.narrow(axis, start, length).copy_(wave)
+    return whole, _joined(of_gamma, axis, axis in axes.shared)
+
+
+def _joined(parts: list[Tensor | None], axis: int, shared: bool) -> Tensor | None:
+    """What the blocks give γ: added up if they share it, else side by side."""
+    present = [t for t in parts if t is not None]
+    if not present:
+        return None
+    return sum(present[1:], start=present[0]) if shared else torch.cat(present, axis)
+
+
+def _block(
     op: Operation,
+    axes: Axes,
     g: Tensor | None,
     h: Tensor | None,
     x: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
     gamma: Tensor | None,
-    dims: Dims,
-) -> Waves:
-    """Equation (2) across y = γ x̂ + β, for x, γ and β: h_γ = h x̂², h_β = h, both still to be summed."""
-    if not (op.needs[0] or op.needs[1]):
-        return None, None, h
-    xhat = (x if mean is None else x - mean) * rstd
+) -> tuple[Tensor | None, Tensor | None]:
+    """The waves of x and γ, where h_γ = h x̂²."""
+    xhat = x * rstd if mean is None else (x - mean).mul_(rstd)
     wave = None
     if op.needs[0]:
         w = h if h is None or gamma is None else h * gamma.square()
         u = g if g is None or gamma is None else g * gamma
-        d = x.numel() // max(rstd.numel(), 1)
-        wave = normalized(xhat, rstd, w, u, dims, d, centred=mean is not None)
-    return wave, (h * xhat.square() if h is not None and op.needs[1] else None), h
+        d = max(x.numel() // max(rstd.numel(), 1), 1)
+        wave = normalized(xhat, rstd, w, u, axes.normalized, d, centred=mean is not None)
+    if h is None or not op.needs[1]:
+        return wave, None
+    return wave, xhat.square_().mul_(h).sum(axes.shared, keepdim=True)
 
 
 @rule("NativeLayerNormBackward0")
 def layer_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β along the last axes: a closed form in O(features), see rules/normalization.py."""
-    return affine_normalized(op, g, h, op.input, op.result1, op.result2, op.weight, _last(op.normalized_shape))
+    return *_along_last(op, g, h, op.result1, op.result2), h
 
 
 @rule("FusedRmsNormBackward0")
-def rms_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+def rms_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """y = γ x/σ along the last axes, σ² = mean x² + ε: a closed form in O(features)."""
-    return affine_normalized(op, g, h, op.input, None, op.result1, op.weight, _last(op.normalized_shape))
+    return _along_last(op, g, h, None, op.result1)
 
 
-def _last(shape: Sequence[int]) -> Dims:
-    return list(range(-len(shape), 0))
+def _along_last(
+    op: Operation, g: Tensor | None, h: Tensor | None, mean: Tensor | None, rstd: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    shape, rows = list(op.normalized_shape), rstd.numel()
+    entries = (None if t is None else t.reshape(rows, *shape) for t in (g, h, op.input))
+    statistics = (None if t is None else t.view(rows, *[1] * len(shape)) for t in (mean, rstd))
+    gamma = None if op.weight is None else op.weight.unsqueeze(0)
+    axes = Axes(tuple(range(1, len(shape) + 1)), (0,))
+    wave, of_gamma = affine_normalized(op, axes, *entries, *statistics, gamma)
+    return (None if wave is None else wave.reshape(op.input.shape)), (None if of_gamma is None else of_gamma[0])
 
 
 @rule("NativeGroupNormBackward0")
@@ -97,12 +158,15 @@ def group_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β over the channels of a group and all positions: a closed form in O(features)."""
     split = (op.N, op.group, op.C // op.group, op.HxW)  # samples, groups, channels of a group, positions
     x, g, h = (None if t is None else t.reshape(split) for t in (op.input, g, h))
-    assert x is not None
     gamma = None if op.weight is None else op.weight.view(1, *split[1:3], 1)
     mean, rstd = (t.view(*split[:2], 1, 1) for t in (op.result1, op.result2))
-    wave, *parameters = affine_normalized(op, g, h, x, mean, rstd, gamma, (2, 3))
-    of_gamma, of_beta = (None if t is None else t.sum((0, 3)).flatten() for t in parameters)
-    return None if wave is None else wave.view(op.input.shape), of_gamma, of_beta
+    wave, of_gamma = affine_normalized(op, Axes((2, 3), (0, 3)), g, h, x, mean, rstd, gamma)
+    of_beta = h.sum((0, 3)).flatten() if h is not None and op.needs[2] else None
+    return (None if wave is None else wave.reshape(op.input.shape)), _flat(of_gamma), of_beta
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.flatten()
 
 
 @rule(
@@ -118,21 +182,31 @@ def group_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
 def batch_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β over samples and positions, a closed form in O(entries); with running statistics h γ²/σ²."""
     x = op.input
-    per_channel = [1, -1] + [1] * (x.dim() - 2)
-    dims = [0, *range(2, x.dim())]
-    gamma = None if op.weight is None else op.weight.view(per_channel)
+    dims = (0, *range(2, x.dim()))
     if op.result1.numel():  # batch statistics are saved only when they were used
-        mean, rstd = op.result1.view(per_channel), op.result2.view(per_channel)
-        wave, of_gamma, of_beta = affine_normalized(op, g, h, x, mean, rstd, gamma, dims)
-    elif h is None:
-        return None, None, None
+        mean, rstd, gamma = (_per_channel(t, x) for t in (op.result1, op.result2, op.weight))
+        wave, of_gamma = affine_normalized(op, Axes(dims, dims, blocks=1), g, h, x, mean, rstd, gamma)
     else:
-        rstd = (op.running_var + op.eps).rsqrt().view(per_channel)
-        wave = h * (rstd if gamma is None else rstd * gamma).square() if op.needs[0] else None
-        of_gamma = h * ((x - op.running_mean.view(per_channel)) * rstd).square() if op.needs[1] else None
-        of_beta = h
-    of_gamma = None if of_gamma is None else of_gamma.sum(dims)
-    return wave, of_gamma, (of_beta.sum(dims) if of_beta is not None and op.needs[2] else None)
+        wave, of_gamma = _with_running_statistics(op, h, dims)
+    return wave, _flat(of_gamma), (h.sum(dims) if h is not None and op.needs[2] else None)
+
+
+def _with_running_statistics(op: Operation, h: Tensor | None, dims: Dims) -> tuple[Tensor | None, Tensor | None]:
+    """Linear in x: h_x = h γ²/σ², h_γ = Σ h x̂²."""
+    if h is None:
+        return None, None
+    rstd = (op.running_var + op.eps).rsqrt()
+    slope = rstd if op.weight is None else rstd * op.weight
+    wave = h * _per_channel(slope.square(), h) if op.needs[0] else None
+    if not op.needs[1]:
+        return wave, None
+    centred = op.input - _per_channel(op.running_mean, h)
+    return wave, centred.square_().mul_(h).sum(dims) * rstd.square()
+
+
+def _per_channel(t: Tensor | None, x: Tensor) -> Any:
+    """One value a channel, so that it broadcasts over x."""
+    return None if t is None else t.view(1, -1, *[1] * (x.dim() - 2))
 
 
 @rule("WeightNormInterfaceBackward0")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..graph import Operation
@@ -15,13 +18,14 @@ SOFTMAX = ("SoftmaxBackward0", "SafeSoftmaxBackward0", "MaskedSoftmaxBackward0")
 def log_softmax(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = z - logsumexp z, p = exp y:  h_z = h (1 - 2p) + p² Σh - (Σg)(p - p²)."""
     p, dim = op.result.exp(), op.dim
-    wave = None
-    if g is not None:
-        wave = g.sum(dim, keepdim=True) * (p * p - p)
-    if h is not None:
-        pulled = h * (1 - 2 * p) + p * p * h.sum(dim, keepdim=True)
-        wave = pulled if wave is None else wave + pulled
-    return wave
+    total: Any = 0.0 if g is None else g.sum(dim, keepdim=True)
+    if h is None:  # p (p - 1) Σg
+        wave = p * -total
+        return wave.addcmul_(wave, p, value=-1)
+    # h + p (p (Σh + Σg) - Σg - 2h)
+    inner = p * (h.sum(dim, keepdim=True) + total)
+    inner = inner.sub_(h, alpha=2)
+    return torch.addcmul(h, p, inner if g is None else inner.sub_(total))
 
 
 @rule(*SOFTMAX)
@@ -31,12 +35,13 @@ def softmax(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     Jᵢⱼ = pᵢ (δᵢⱼ - pⱼ), and ∂vⱼ/∂zⱼ = (1 - pⱼ) vⱼ - pⱼ vⱼ. A masked entry has p = 0.
     """
     p, dim = op.result, -1 if op.dim is None else op.dim
-    squares = p * p
-    inner = None if g is None else g - (p * g).sum(dim, keepdim=True)
+    v = None if g is None else op.vjp(g)[0]
     if h is None:
-        return None if inner is None else (p - 2 * squares) * inner
-    wave = (p - 2 * squares) * bent(inner, p, h)
-    return wave.addcmul_(squares, (squares * h).sum(dim, keepdim=True))
+        return v if v is None else torch.addcmul(v, v, p, value=-2)
+    wave = (p * h).mul_(p)
+    inner = p * wave.sum(dim, keepdim=True)
+    wave = wave if v is None else wave.add_(v)
+    return wave.addcmul_(p, inner.sub_(wave, alpha=2))  # (1 - 2p) (p²h + v) + p² Σp²h
 
 
 @rule(*SOFTMAX, wave="bl89")
