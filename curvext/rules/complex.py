@@ -5,7 +5,7 @@ The slopes of y = u + iv come from two products: Jᵀ1 = (∂u/∂a) + i (∂u/�
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -35,10 +35,10 @@ def sign(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
 
 
 @rule(
-    *("AbsBackward0", "AcosBackward0", "AcoshBackward0", "AddBackward0", "AngleBackward0"),
+    *("AbsBackward0", "AcosBackward0", "AcoshBackward0", "AddBackward0", "AddBackward1", "AngleBackward0"),
     *("AsinBackward0", "AsinhBackward0", "AtanBackward0", "AtanhBackward0", "CosBackward0", "CoshBackward0"),
-    *("DivBackward0", "ExpBackward0", "LogBackward0", "Log1PBackward0", "Log2Backward0"),
-    *("Log10Backward0", "MulBackward0"),
+    *("DivBackward0", "DivBackward1", "ExpBackward0", "LogBackward0", "Log1PBackward0", "Log2Backward0"),
+    *("Log10Backward0", "MulBackward0", "MulBackward1"),
     *("PolarBackward0", "PowBackward0", "PowBackward1", "PowBackward2", "ReciprocalBackward0", "RsqrtBackward0"),
     *("RsubBackward0", "RsubBackward1", "SgnBackward0", "SigmoidBackward0", "SinBackward0"),
     *("SinhBackward0", "SqrtBackward0", "SubBackward0", "TanBackward0", "TanhBackward0"),
@@ -82,6 +82,35 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 def _imaginary(like: Tensor) -> Tensor:
     return torch.full_like(like, 1j) if like.is_complex() else torch.ones_like(like)
+
+
+@rule("MmBackward0", "BmmBackward0", wave="complex", linear=True)
+def matmul(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """Y = A B: h_A from h and B, h_B from A and h, each by :func:`_mixed`."""
+    if h is None:
+        return None
+    a = _mixed(h, op.mat2.mT) if op.needs[0] else None
+    return a, (_mixed(h.mT, op.self).mT if op.needs[1] else None)
+
+
+@rule("AddmmBackward0", wave="complex", linear=True)
+def addmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
+    """Y = β C + α A B, β and α real or complex."""
+    if h is None:
+        return None
+    alpha, beta = (torch.tensor(factor, dtype=h.dtype, device=h.device) for factor in (op.alpha, op.beta))
+    c = _mixed(h, beta, torch.mul) if op.needs[0] else None
+    a = _mixed(h, alpha * op.mat2.mT) if op.needs[1] else None
+    return c, a, (_mixed(h.mT, alpha * op.mat1).mT if op.needs[2] else None)
+
+
+def _mixed(h: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
+    """Through y = x b with a fixed b = r + is: h_u r² + h_v s² is the wave of Re x, h_u s² + h_v r² that of Im x."""
+    r, s = b.real.square(), b.imag.square()
+    return torch.complex(
+        multiply(h.real, r) + multiply(h.imag, s),
+        multiply(h.real, s) + multiply(h.imag, r),
+    )
 
 
 @rule("FftC2CBackward0", wave="complex", linear=True)

@@ -47,19 +47,20 @@ selection("ScatterAddBackward0", "UnsafeMaskedIndexPutAccumulateBackward0", coin
 constant("FillBackward0", "FillBackward2", "ZeroBackward0")
 
 
-@rule(
-    "IndexPutBackward0",
-    "IndexPutImplBackward0",
-    "PutBackward0",
-    "UnsafeIndexPutBackward0",
-    coincident=True,
-    linear=True,
-)
 def index_put(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """x with some entries replaced by, or increased by, those of another tensor: h_x = Jᵀ h."""
     if op.coincident and op.accumulate:
         return default(op, None, [h])
     return select(op, g, h)
+
+
+for _wave in ("diagonal", "complex"):
+    rule(
+        *("IndexPutBackward0", "IndexPutImplBackward0", "PutBackward0", "UnsafeIndexPutBackward0"),
+        wave=_wave,
+        coincident=True,
+        linear=True,
+    )(index_put)
 
 
 @rule("IndexAddBackward0", linear=True)

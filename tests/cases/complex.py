@@ -4,7 +4,7 @@ import torch
 
 from . import Built, Draw, add_case, case
 
-fft = torch.fft
+aten, fft = torch.ops.aten, torch.fft
 
 
 def _complex(x):
@@ -42,8 +42,9 @@ BINARY = {
     "pow": lambda a, b: a**b,
     "where": lambda a, b: torch.where(a.detach().real > 0, a, b),
     "matmul": lambda a, b: a @ b.mT,
-    "mul_real": lambda a, b: a * b.real + b.abs() * a,
-    "mul_broadcast": lambda a, b: a * b[0],
+    "bmm": lambda a, b: torch.bmm(a[None], b.mT[None]),
+    "addmm": lambda a, b: torch.addmm(a[:, :2], a, b.mT, beta=2j, alpha=1 - 0.5j),
+    "scalars": lambda a, b: aten.add.Scalar(aten.mul.Scalar(a, 2j), 1j) - aten.div.Scalar(b, 2j),
 }
 FFT = {
     "fft": lambda z: [fft.fft(z), fft.fft(z, dim=0, norm="ortho"), fft.ifft(z), fft.fft(z, n=7)],
