@@ -123,7 +123,8 @@ def stretch(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
 
 def constant(*names: str) -> None:
     """y does not change with x, or only by jumps: no wave."""
-    rule(*names, coincident=True, linear=True)(zero)
+    for wave in ("diagonal", "complex"):
+        rule(*names, wave=wave, coincident=True, linear=True)(zero)
 
 
 def zero(op: Operation, g: Tensor | None, h: Tensor | None) -> None:
