@@ -31,6 +31,8 @@ selection(
     "NansumBackward0",
     "SortBackward0",
     "SortBackward1",
+    "SumBackward0",
+    "SumBackward1",
     "TopkBackward0",
     "TraceBackward0",
 )

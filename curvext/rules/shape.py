@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .structure import selection
 
-selection("SumBackward0", "SumBackward1")
-
 # views, and the copies they become under functionalization
 selection(
     "AliasBackward0",
