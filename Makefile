@@ -32,15 +32,16 @@ demo: $(VENV)/.demo ## train on real data: quality, progress and cost of HesScal
 	$(BIN)/python -m curvext demo $(ARGS)
 
 test: $(VENV)/.test ## all tests, the examples in the docs included
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-docs: $(VENV)/.test ## regenerate docs/support.md and run every example
+docs: $(VENV)/.test ## regenerate docs/support.md and docs/operators.md and run every example
 	$(BIN)/python -m curvext support docs/support.md
+	$(BIN)/python -m tests.opdb docs/operators.md
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(VENV)/.test ## cost and quality benchmarks; JSON in benchmarks/results/
