@@ -1,0 +1,3 @@
+"""Optimizers, each a ``torch.optim.Optimizer``."""
+
+from .adahesscale import AdaHesScale as AdaHesScale
