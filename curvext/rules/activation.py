@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..graph import Operation
 from ..registry import rule
-from .structure import bent, elementwise, pointwise_rule, selection, stretching
+from .structure import bent, pointwise_rule, relative, selection, stretch, stretching
 
 aten = torch.ops.aten
 
@@ -32,12 +32,13 @@ stretching(
 )
 
 
-elementwise(  # β φ'(1 - φ'), which vanishes above the threshold
-    "SoftplusBackward0",
-    d1=lambda op: aten.softplus_backward(torch.ones_like(op.self), op.self, op.beta, op.threshold),
-    ratio=lambda op, slope: (1 - slope, op.beta),
-)
-elementwise("LogSigmoidBackward0", d1=lambda op: torch.sigmoid(-op.self), ratio=lambda op, slope: (1 - slope, -1))
+relative("SoftplusBackward0", ratio=lambda op: (1 - _softplus_slope(op), op.beta))
+relative("LogSigmoidBackward0", ratio=lambda op: (torch.sigmoid(op.self), -1))
+
+
+def _softplus_slope(op: Operation) -> Tensor:
+    """sigmoid βx, 1 above the threshold."""
+    return aten.softplus_backward(torch.ones_like(op.self), op.self, op.beta, op.threshold)
 
 
 @rule("LeakyReluBackward0", linear=True)
@@ -65,36 +66,35 @@ def prelu(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
 
 
 @rule("EluBackward0")
-def elu(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+def elu(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """φ'' = κ φ' where x < 0, κ the input scale: h_x = φ' (φ' h + κ g [x < 0])."""
-    return _elu(g, h, op.self, (op.alpha, op.scale, op.input_scale, False))
+    return _elu(op, g, h, op.self, op.input_scale)
 
 
 @rule("EluBackward1")
-def elu_(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
-    """φ'' = κ φ' where x < 0, in place: h_x = φ' (φ' h + κ g [x < 0])."""
-    return _elu(g, h, op.result, (op.alpha, op.scale, op.input_scale, True))
+def elu_(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
+    """φ'' = κ φ' where x < 0, in place (y has the sign of x): h_x = φ' (φ' h + κ g [x < 0])."""
+    return _elu(op, g, h, op.result, op.input_scale)
 
 
 @rule("CeluBackward0")
-def celu(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+def celu(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """φ'' = φ'/α where x < 0: h_x = φ' (φ' h + g/α [x < 0])."""
-    return _elu(g, h, op.self, (op.alpha, 1.0, 1 / op.alpha, False))
+    return _elu(op, g, h, op.self, 1 / op.alpha)
 
 
 @rule("CeluBackward1")
-def celu_(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
-    """φ'' = φ'/α where x < 0, in place: h_x = φ' (φ' h + g/α [x < 0])."""
-    return _elu(g, h, op.result, (op.alpha, 1.0, 1 / op.alpha, True))
+def celu_(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
+    """φ'' = φ'/α where x < 0, in place (y has the sign of x): h_x = φ' (φ' h + g/α [x < 0])."""
+    return _elu(op, g, h, op.result, 1 / op.alpha)
 
 
-def _elu(g: Tensor | None, h: Tensor | None, x: Tensor, options: tuple[float, float, float, bool]) -> Tensor | None:
-    if g is None and h is None:
-        return None
-    pulled = None if h is None else aten.elu_backward(h, *options, x)
-    if g is not None:
-        pulled = bent(pulled, x < 0, g, options[2])
-    return aten.elu_backward(pulled, *options, x)
+def _elu(op: Operation, g: Tensor | None, h: Tensor | None, x: Tensor, ratio: float) -> Any:
+    if g is None:
+        return stretch(op, None, h)
+    below = aten.hardtanh_backward(g, x, -math.inf, 0)  # g where x < 0
+    pulled: Any = 0 if h is None else op.vjp(h)[0]
+    return op.vjp(torch.add(pulled, below, alpha=ratio))
 
 
 @rule("GeluBackward0")

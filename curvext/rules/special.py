@@ -10,6 +10,8 @@ pointwise(
     "ErfinvBackward0",
     "HypotBackward0",
     "I0Backward0",
+    "IgammaBackward0",  # PyTorch knows the derivative in the second argument only, as of zeta
+    "IgammacBackward0",
     "LdexpBackward0",
     "LogaddexpBackward0",
     "Logaddexp2Backward0",
@@ -27,6 +29,7 @@ pointwise(
     "SpecialXlog1PyBackward0",
     "SpecialXlog1PyBackward1",
     "SpecialXlog1PyBackward2",
+    "SpecialZetaBackward0",
     "SpecialZetaBackward1",
     "XlogyBackward0",
     "XlogyBackward1",

@@ -4,7 +4,7 @@
 * ``scaling``: every input entry feeds at most one output entry, linearly (means, dropout): (J∘J)ᵀ h = Jᵀ1 ∘ Jᵀh.
 * ``pointwise``: every input entry feeds one output entry: both terms of (2) from two products, no formula.
 * ``stretching``: y = c ∘ x with c piecewise constant: two products. ``constant``: no derivative at all.
-* ``elementwise``: y = φ(x), with φ' and φ'' given as formulas.
+* ``elementwise``: y = φ(x), with φ' and φ'' given as formulas; ``relative``: with φ''/φ'.
 * ``decomposed``: a fused kernel, carried out again in steps; each step has its own rule.
 """
 
@@ -22,7 +22,6 @@ from ..registry import rule
 from .default import others_fixed
 
 Derivative = Callable[..., Tensor]
-Ratio = Callable[..., tuple[Tensor, float]]
 
 
 def selection(*names: str, outputs: str = "first", coincident: bool = True) -> None:
@@ -131,29 +130,33 @@ def zero(op: Operation, g: Tensor | None, h: Tensor | None) -> None:
     """y is piecewise constant: h_x = 0."""
 
 
-def elementwise(*names: str, d1: Derivative, d2: Derivative | None = None, ratio: Ratio | None = None) -> None:
-    """y = φ(x): h_x = φ'² h + φ'' g.
-
-    ``d1(op)`` is φ'. ``d2(op, φ')`` is φ''; or, with fewer products, ``ratio(op, φ') = (ρ, c)`` where φ'' = c ρ φ'.
-    Neither is given if φ is piecewise linear.
-    """
+def elementwise(*names: str, d1: Derivative, d2: Derivative | None = None) -> None:
+    """y = φ(x): h_x = φ'² h + φ'' g. ``d1(op)`` is φ'; ``d2(op, φ')`` is φ'', absent if φ is piecewise linear."""
 
     def elementwise_rule(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
         """y = φ(x): h_x = φ'² h + φ'' g."""
-        if d2 is None and ratio is None:
-            g = None
-        if g is None and h is None:
+        if h is None and (d2 is None or g is None):
             return None
         slope = d1(op)
-        pulled = None if h is None else slope * h
-        if g is not None and ratio is not None:
-            rho, c = ratio(op, slope)
-            pulled = c * rho * g if pulled is None else torch.addcmul(pulled, rho, g, value=c)
-            return slope * pulled
-        pulled = None if pulled is None else slope * pulled
-        return pulled if g is None or d2 is None else bent(pulled, d2(op, slope), g)
+        pulled = None if h is None else slope * slope * h
+        return pulled if d2 is None or g is None else bent(pulled, d2(op, slope), g)
 
-    rule(*names, linear=d2 is None and ratio is None)(elementwise_rule)
+    rule(*names, linear=d2 is None)(elementwise_rule)
+
+
+def relative(*names: str, ratio: Callable[[Operation], tuple[Tensor, float]]) -> None:
+    """y = φ(x) with φ'' = c ρ φ', where ``ratio(op) = (ρ, c)``; φ' comes from the node, in one step."""
+
+    def relative_rule(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
+        """y = φ(x), ρ = φ''/φ': h_x = φ' (φ' h + ρ g)."""
+        if g is None:
+            return stretch(op, None, h)
+        rest = [None] * (len(op.outputs) - 1)
+        pulled = None if h is None else op.vjp(h, *rest)[0]
+        rho, c = ratio(op)
+        return op.vjp(bent(pulled, rho, g, c), *rest)
+
+    rule(*names)(relative_rule)
 
 
 def bent(pulled: Tensor | None, bend: Tensor, g: Tensor, factor: float = 1) -> Tensor:
