@@ -112,6 +112,48 @@ class TestGraph:
         assert op.dim == -1 and torch.equal(op.result, y)
 
 
+class Silent(torch.autograd.Function):
+    """The identity, with no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+LINEAR = {
+    "one": lambda w: w.t().tanh().pow(2).sum(),
+    "used twice": lambda w: (w.t() * 2 + w.t().sum(0)).tanh().sum() + w.t().pow(3).sum(),
+    "used by a function without gradient": lambda w: (lambda v: Silent.apply(v).exp().sum() + v.exp().sum())(w.t() * 2),
+    "outputs not used": lambda w: w.view(3, 4).unbind(0)[1].exp().sum() + w.split([1, 2])[0].pow(3).sum(),
+    "only linear": lambda w: (w * 3).t().sum() + 0 * w.exp().sum(),
+    "linear and not": lambda w: (lambda v: v.sum() + v.pow(3).sum())(w.view(-1)),
+    "linear above": lambda w: (w.exp().t().reshape(2, 6) * 5).sum(0).mean(),
+    "concatenated": lambda w: torch.cat([w.flatten(), w.flatten().exp(), w.sum().view(1)]).pow(2).mul(2).sum(),
+    "in place": lambda w: (w * 2).t().add_(1).mul_(w.t()).exp().sum(),
+    "expanded": lambda w: w.mean(0, keepdim=True).expand(2, 4).exp().sum(),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_waves_meet_at_operations_that_bend_nothing(name):
+    """The same with rules as without, where every operation needs its gradient."""
+    w, function = torch.randn(3, 4, requires_grad=True), LINEAR[name]
+    with extend([w], enumerate_up_to=10**6):
+        loss = function(w)
+        loss.backward(retain_graph=True)
+    got, grad = w.hesscale, w.grad.clone()
+    with extend([w], enumerate_up_to=10**6), without_rules():
+        loss.backward()
+    torch.testing.assert_close(got, w.hesscale, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(w.grad, 2 * grad)
+    if name in ("one", "outputs not used", "linear and not", "linear above"):  # nothing meets but at w
+        torch.testing.assert_close([got], hessian_diagonal(lambda: function(w), [w]), rtol=1e-9, atol=1e-12)
+
+
 class TestSharedGraphs:
     def run(self, *steps):
         errors = []
