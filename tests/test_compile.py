@@ -84,6 +84,7 @@ def test_compiled_ahead_of_time(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it has deprecated
 def test_compiled_by_inductor(name):
     torch._dynamo.reset()
     check(name, torch.compile)
