@@ -24,7 +24,11 @@ def hessian(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Tensor:
     """The Hessian of loss() in all parameters together, [P, P]."""
     gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradients])
-    rows = [torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in flat]
+    return _jacobian(flat, parameters)
+
+
+def _jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    rows = [torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in values]
     return torch.stack([
         torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in zip(row, parameters, strict=True)])
         for row in rows
@@ -40,6 +44,23 @@ def split(diagonal: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 def hessian_diagonal(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """The diagonal of the Hessian of loss(), in the parameters' shapes."""
     return split(hessian(loss, parameters).diagonal(), parameters)
+
+
+def gauss_newton(
+    outputs: Callable[[], Tensor], loss: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]
+) -> Tensor:
+    """JᵀBJ in all parameters together, [P, P]: B the Hessian of loss(z) in the outputs z."""
+    z = outputs()
+    b = torch.autograd.functional.hessian(loss, z.detach()).reshape(z.numel(), z.numel())
+    j = _jacobian(z.flatten(), parameters)
+    return j.T @ b @ j
+
+
+def gauss_newton_diagonal(
+    outputs: Callable[[], Tensor], loss: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]
+) -> list[Tensor]:
+    """The diagonal of the Gauss-Newton matrix, in the parameters' shapes."""
+    return split(gauss_newton(outputs, loss, parameters).diagonal(), parameters)
 
 
 def chain(
