@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .graph import Operation, edge_of
+from .graph import Graph, Operation, edge_of
 from .quantities.base import Quantity
 from .rules.default import default
 from .sweep import Settings, Sweep
@@ -49,7 +49,7 @@ def pass_diagonal(op: Operation, g: Waves | None, h: Waves, *variants: str) -> W
 def bends(op: Operation, *variants: str) -> bool:
     """Whether the second term of (2) may be other than zero."""
     rule = registry.find_diagonal(op, *variants)
-    return rule is None or not rule.linear
+    return rule is None or not rule.linear or op.coincident
 
 
 def _is_zero(waves: Waves) -> bool:
@@ -76,7 +76,7 @@ def through(
     carrier = _Through(residual=g is not None)
     targets = {edge_of(x): i for i, x in enumerate(inputs) if x is not None and x.requires_grad}
     seeds = {edge_of(y): [h[k]] for k, y in zip(kept, ys, strict=True) if h is not None and h[k] is not None}
-    sweep = Sweep((edge_of(y)[0] for y in ys), targets, (carrier,), settings, seeds)
+    sweep = Sweep(Graph(edge_of(y)[0] for y in ys), targets, (carrier,), settings, seeds)
     gs: list[Any] = [torch.zeros_like(y) if g is None or g[k] is None else g[k] for k, y in zip(kept, ys, strict=True)]
     with sweep:
         torch.autograd.grad(ys, [x for x in inputs if x is not None and x.requires_grad], gs, allow_unused=True)

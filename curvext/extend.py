@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from .errors import CurvatureError
-from .graph import Edge, edge_of
+from .graph import Edge, Graph
 from .quantities import HesScale, Quantity, WholeGraph
 from .sweep import Settings, Sweep
 
@@ -129,10 +129,11 @@ class extend(TorchFunctionMode):
         arguments = {"gradient": gradient, "retain_graph": retain_graph, "create_graph": create_graph, "inputs": inputs}
         if loss.grad_fn is None:
             return loss.backward(**arguments)  # torch's own error, or a leaf, which has no curvature
-        names = self._targets(inputs)
+        graph = Graph([loss.grad_fn])
+        names = self._targets(graph, inputs)
         carried = [quantity for quantity in self.quantities if isinstance(quantity, Quantity)]
         earlier = {edge: self.earlier.pop(id(self.tensors[first]), None) for edge, (first, *_) in names.items()}
-        sweep = Sweep([loss.grad_fn], names, carried, self.settings, earlier=earlier)
+        sweep = Sweep(graph, names, carried, self.settings, earlier=earlier)
         products, failure = self._products(loss, gradient, names)
         try:
             with sweep:
@@ -146,19 +147,20 @@ class extend(TorchFunctionMode):
         if sweep.error is not None:
             raise _located(sweep.error, sweep.where) from sweep.error
         if not sweep.results:
-            raise CurvatureError(_unreached(self.tensors, names))
+            raise CurvatureError(_unreached(self.tensors, inputs))
         for edge in names:
             if edge in sweep.results:
                 for quantity, wave in (*zip(carried, sweep.results[edge], strict=True), *products.get(edge, ())):
                     self._keep(names[edge], quantity, wave)
 
-    def _targets(self, inputs: Any) -> dict[Edge, list[str]]:
-        """The names of every tensor to follow: all, or those that ``backward(inputs=...)`` asks for."""
-        asked = None if inputs is None else {id(t) for t in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+    def _targets(self, graph: Graph, inputs: Any) -> dict[Edge, list[str]]:
+        """The names of every tensor to follow: all of the graph, or those that ``backward(inputs=...)`` asks for."""
+        asked = None if inputs is None else _ids(inputs)
         targets: dict[Edge, list[str]] = {}
         for name, tensor in self.tensors.items():
-            if asked is None or id(tensor) in asked:
-                targets.setdefault(edge_of(tensor), []).append(name)
+            edge = graph.edge_of(tensor)
+            if edge is not None and (asked is None or id(tensor) in asked):
+                targets.setdefault(edge, []).append(name)
         return targets
 
     def _products(
@@ -209,11 +211,15 @@ def _located(error: Exception, where: tuple[Any, Any] | None) -> CurvatureError:
     )
 
 
-def _unreached(tensors: Mapping[str, Tensor], asked: Mapping[Edge, Any]) -> str:
+def _ids(tensors: Any) -> set[int]:
+    return {id(tensor) for tensor in ([tensors] if isinstance(tensors, Tensor) else tensors)}
+
+
+def _unreached(tensors: Mapping[str, Tensor], inputs: Any) -> str:
     few = ", ".join(list(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
     if not tensors:
         return "extend: none of the tensors given requires a gradient, so there is nothing to compute curvature for."
-    if not asked:
+    if inputs is not None and _ids(inputs).isdisjoint(_ids(tensors.values())):
         return f"extend: backward(inputs=...) names none of the {len(tensors)} tensors given to extend ({few})."
     return (
         f"extend: the loss does not depend on any of the {len(tensors)} tensors given to extend ({few}). Pass the "

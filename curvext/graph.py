@@ -53,16 +53,9 @@ class Operation:
         self.outputs = graph.outputs[node]
         self.inputs = tuple([None if child is None else graph.outputs[child][k] for child, k in edges])
         #: Whether an input or an output is complex: such a tensor counts as a pair of real ones.
-        self.is_complex = any([meta is not None and meta.dtype.is_complex for meta in (*self.outputs, *self.inputs)])
+        self.is_complex = bool(graph.complex) and (node in graph.complex or any(n in graph.complex for n, _ in edges))
         #: Whether one tensor enters this operation more than once.
         self.coincident = len(edges) > 1 and len(set(edges)) < len(edges) and any(len(g) > 1 for g in self.groups)
-        #: Whether all inputs are leaves and one operation alone uses the output: perhaps a view of a parameter.
-        self.is_leaf_view = (
-            len(self.outputs) == 1
-            and not is_target
-            and graph.users.get(node) == 1
-            and not any([child.next_functions for child, _ in edges if child is not None])
-        )
 
     def __getattr__(self, saved: str) -> Any:
         if self.__dict__["is_python"]:
@@ -116,40 +109,53 @@ class Graph:
     """The nodes under ``roots``, children before parents, and what can be said of them at a glance."""
 
     def __init__(self, roots: Iterable[Node]):
+        self.roots = frozenset(roots)
         self.order: list[tuple[Node, tuple[Edge, ...]]] = []
         self.outputs: dict[Node, tuple[Any, ...]] = {}
-        self.users: dict[Node, int] = {}
-        stack: list[tuple[Node, tuple[Edge, ...] | None]] = [(root, None) for root in roots]
+        self.complex: set[Node] = set()
+        self.leaves: dict[int, Edge] = {}
+        stack: list[tuple[Node, tuple[Edge, ...] | None]] = [(root, None) for root in self.roots]
         while stack:  # depth first
             node, edges = stack.pop()
             if edges is not None:
                 self.order.append((node, edges))
             elif node not in self.outputs:
-                self.outputs[node] = cast(Any, node)._input_metadata
                 edges = cast(tuple[Edge, ...], node.next_functions)
                 stack.append((node, edges))
-                for child, _ in edges:
-                    if child is not None:
-                        self.users[child] = self.users.get(child, 0) + 1
-                        stack.append((child, None))
+                self._describe(node, edges)
+                stack.extend([(child, None) for child, _ in edges if child is not None])
 
+    def _describe(self, node: Node, edges: tuple[Edge, ...]) -> None:
+        self.outputs[node] = outputs = cast(Any, node)._input_metadata
+        for meta in outputs:
+            if meta.dtype.is_complex:
+                self.complex.add(node)
+        if not edges:
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                self.leaves[id(variable)] = (node, 0)
 
-def operations(roots: Iterable[Node], targets: Collection[Edge], settings: Any = None) -> list[Operation]:
-    """The operations between ``roots`` and ``targets``, roots first.
+    def edge_of(self, tensor: Tensor) -> Edge | None:
+        """Where ``tensor`` is produced; ``None`` for a leaf that the roots do not depend on."""
+        if tensor.grad_fn is not None:
+            return tensor.grad_fn, tensor.output_nr
+        return self.leaves.get(id(tensor))
 
-    Only nodes from which a target can be reached are listed: frozen layers below the first trained one cost nothing.
-    """
-    graph = Graph(roots)
-    produced = {node for node, _ in targets}
-    leading = set(produced)
-    for node, edges in graph.order:
-        if node not in leading and (any([child in leading for child, _ in edges]) or _hides(node)):
-            leading.add(node)
-    return [
-        Operation(node, edges, tuple([child in leading for child, _ in edges]), graph, settings, node in produced)
-        for node, edges in reversed(graph.order)
-        if node in leading and edges
-    ]
+    def operations(self, targets: Collection[Edge], settings: Any = None) -> list[Operation]:
+        """The operations that lead to ``targets``, roots first.
+
+        Nodes from which no target can be reached are left out: frozen layers below the first trained one cost nothing.
+        """
+        produced = {node for node, _ in targets}
+        leading = set(produced)
+        for node, edges in self.order:
+            if node not in leading and (any([child in leading for child, _ in edges]) or _hides(node)):
+                leading.add(node)
+        return [
+            Operation(node, edges, tuple([child in leading for child, _ in edges]), self, settings, node in produced)
+            for node, edges in reversed(self.order)
+            if node in leading and edges
+        ]
 
 
 def _hides(node: Node) -> bool:

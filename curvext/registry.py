@@ -31,7 +31,7 @@ class Rule:
     how: str  # closed form | structure | decomposed | refused
     outputs: str = "first"  # or "all"
     coincident: bool = False  # right also when one tensor enters the operation twice
-    linear: bool = False  # known not to use g
+    linear: bool = False  # does not use g, unless one tensor enters twice
     doc: str = ""
     family: str = ""  # the file that registered it
 
@@ -61,7 +61,7 @@ def rule(
             ``"refused"`` (the function raises).
         outputs: ``"first"`` or ``"all"``.
         coincident: whether the rule is right when one tensor enters twice; else the default is used there.
-        linear: promise that the rule does not use ``g``; such views of parameters are passed without a hook.
+        linear: promise that the rule does not use ``g`` unless one tensor enters twice; the operation needs no hook.
 
     Raises:
         ValueError: if one of the operations has a rule already.

@@ -5,7 +5,8 @@ This is the only place with hooks and state. Rules hold maths only; quantities k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .graph import Edge, Operation, nearest, operations
+from .graph import Edge, Graph, Operation, nearest
 from .quantities.base import Quantity
 
 
@@ -36,42 +37,46 @@ class Settings:
 
 
 class Sweep:
-    """Hooks on the graph under ``roots`` that carry one wave per quantity down to the targets.
+    """Hooks on a graph that carry one wave per quantity down to the targets.
 
     Use as a context around the backward pass; then :attr:`results` holds, for every target below the roots, one wave
-    per quantity (``None``: zero). An error in a rule stops the sweep, not the backward pass: gradients come out as
-    without a sweep, :attr:`error` holds what went wrong, and :attr:`where` the operation and the target nearest below.
+    per quantity (``None``: zero). Operations that bend nothing need no gradient: they get no hook, and are passed as
+    soon as all their users have sent their waves. An error in a rule stops the sweep, not the backward pass: gradients
+    come out as without a sweep, :attr:`error` holds what went wrong, and :attr:`where` the operation and the target
+    nearest below.
     """
 
     def __init__(
         self,
-        roots: Iterable[Node],
+        graph: Graph,
         targets: Mapping[Edge, Any],
         quantities: Sequence[Quantity],
         settings: Settings,
         seeds: Mapping[Edge, list[Any]] | None = None,
         earlier: dict[Edge, Any] | None = None,
     ):
-        self.roots = frozenset(roots)
-        self.operations = operations(self.roots, targets, settings)
+        self.roots, self.operations = graph.roots, graph.operations(targets, settings)
         self.targets, self.quantities, self.seeds = targets, quantities, dict(seeds or {})
         # results of an earlier block: let go of one by one, so that the allocator reuses their memory while it is warm
         self.earlier = earlier if earlier is not None else {}
         self.waves: dict[Edge, list[Any]] = {}
         self.results: dict[Edge, list[Any]] = {}
         self.handles: list[Any] = []
-        self.views: dict[Node, Operation] = {}  # complete as soon as their one user has sent its wave
+        self.unhooked: dict[Node, Operation] = {}  # they need no gradient
+        self.awaited: dict[Node, int] = {}  # uses of these that have not sent their waves yet
+        self.ready: list[Operation] = []  # those of them whose waves are complete
         self.task: int | None = None
         self.visiting = False
+        self.thread = threading.get_ident()
         self.error: Exception | None = None
         self.where: tuple[Any, Any] | None = None
 
     def __enter__(self) -> Sweep:
         for op in self.operations:
-            if op.is_leaf_view and not any([quantity.needs_gradient(op) for quantity in self.quantities]):
-                self.views[op.node] = op
-            else:
+            if op.node in self.roots or any([quantity.needs_gradient(op) for quantity in self.quantities]):
                 self.handles.append(op.node.register_prehook(partial(self._prehook, op)))
+            else:
+                self.unhooked[op.node] = op
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -82,15 +87,15 @@ class Sweep:
         if len(self.results) < len(self.targets):  # reached by linear operations alone
             for edge in {edge for op in self.operations for edge in op.edges if edge in self.targets}:
                 self.results.setdefault(edge, [None] * len(self.quantities))
-        for held in (self.handles, self.operations, self.views, self.waves, self.seeds):
+        for held in (self.handles, self.operations, self.unhooked, self.ready, self.waves, self.seeds):
             held.clear()
 
     def _prehook(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
         """Runs with the complete gradient of the node's outputs; nodes run in topological order."""
         task = torch._C._current_graph_task_id()
         if task != self.task:
-            if self.visiting or op.node not in self.roots:  # another backward pass on some of the same nodes
-                return
+            if self.visiting or op.node not in self.roots or self._is_foreign(op):
+                return  # another backward pass on some of the same nodes
             self._start(task)
         if self.error is not None:
             return
@@ -98,23 +103,40 @@ class Sweep:
         try:
             if torch.is_grad_enabled():  # backward(create_graph=True)
                 with torch.no_grad():
-                    self.visit(op, grads)
+                    self._advance(op, grads)
             else:
-                self.visit(op, grads)
+                self._advance(op, grads)
         except Exception as error:
-            self.error, self.where = error, (op.kind, nearest(op.node, self.targets))
+            self.error, self.where = error, (self.at.kind, nearest(self.at.node, self.targets))
             self.waves.clear()
         finally:
             self.visiting = False
 
+    def _is_foreign(self, op: Operation) -> bool:
+        """Whether another thread's backward pass is at one of our roots; on the CPU, passes stay in their thread."""
+        return op.outputs[0].device.type == "cpu" and threading.get_ident() != self.thread
+
     def _start(self, task: int) -> None:
         """Begin at a root; if a backward pass ran before ours (products of a quantity of another block), forget it."""
-        self.task, self.error = task, None
+        self.task, self.error, self.ready = task, None, []
         self.waves = {edge: list(waves) for edge, waves in self.seeds.items()}
         self.results = {}
+        self.awaited = dict.fromkeys(self.unhooked, 0)
+        for op in self.operations:
+            for (node, _), needed in zip(op.edges, op.needs, strict=True):
+                if needed and node in self.awaited:
+                    self.awaited[node] += 1
+
+    def _advance(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
+        """Visit an operation, then all below it that need no gradient and wait for no other."""
+        self.visit(op, grads)
+        while self.ready:
+            op = self.ready.pop()
+            self.visit(op, [None] * len(op.outputs))
 
     def visit(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
         """Consume the waves at the operation's outputs and pass them to its inputs."""
+        self.at = op
         incoming = [self.waves.pop((op.node, k), None) for k in range(len(grads))]
         for q, quantity in enumerate(self.quantities):
             arrived = [None if waves is None else waves[q] for waves in incoming]
@@ -123,20 +145,26 @@ class Sweep:
                     if wave is not None and (op.node, k) in self.targets:
                         self._add(self.results, (op.node, k), q, wave)
             self._send(op, q, quantity.step(op, grads, arrived))
+        self._release(op)
 
     def _send(self, op: Operation, q: int, outgoing: Sequence[Any]) -> None:
         for i, wave in enumerate(outgoing):
             if wave is None or not op.needs[i]:
                 continue
             edge, wave = op.edges[i], op.reduced(wave, i)
-            if edge[0] in self.views:
-                view = self.views[edge[0]]
-                self._send(view, q, self.quantities[q].step(view, [None], [wave]))
-            elif edge[0].next_functions:
+            if edge[0].next_functions:
                 self._add(self.waves, edge, q, wave)
             elif edge in self.targets:  # a leaf: nothing passes below it
                 self._add(self.results, edge, q, wave)
                 self.earlier.pop(edge, None)
+
+    def _release(self, op: Operation) -> None:
+        """What was sent may have been the last that an operation without a hook was waiting for."""
+        for node, _ in op.edges:
+            if node in self.awaited:
+                self.awaited[node] -= 1
+                if not self.awaited[node]:
+                    self.ready.append(self.unhooked[node])
 
     def _add(self, waves: dict[Edge, list[Any]], edge: Edge, q: int, wave: Any) -> None:
         waiting = waves.get(edge)

@@ -16,7 +16,7 @@ from . import registry
 from .diagonal import pass_diagonal
 from .errors import CurvatureError
 from .extend import Target, extend
-from .graph import Operation, edge_of, operations
+from .graph import Graph, Operation, edge_of
 from .quantities import Quantity
 from .rules.default import default
 from .sweep import Settings
@@ -60,7 +60,7 @@ def check_rule(
     targets = {edge_of(x): i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
     generator = torch.Generator().manual_seed(seed)
     checked = set()
-    for op in operations(roots, targets, Settings(enumerate_up_to=EXACT)):
+    for op in Graph(roots).operations(targets, Settings(enumerate_up_to=EXACT)):
         rule = registry.find_diagonal(op)
         if rule is None or rule.how == "refused":
             continue

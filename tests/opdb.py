@@ -15,7 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from curvext import registry
-from curvext.graph import Operation, edge_of, operations
+from curvext.graph import Graph, Operation, edge_of
 from curvext.support import name_of
 from curvext.sweep import Settings
 from curvext.testing import EXACT
@@ -74,7 +74,7 @@ def _record(op: Any, sample: Any) -> Recorded | None:
     leaves = [flat[k].detach().clone().requires_grad_() for k in where]
     ys = function(*leaves)
     targets = {edge_of(t): i for i, t in enumerate(leaves)}
-    found = operations([edge_of(y)[0] for y in ys], targets, Settings(EXACT))
+    found = Graph(edge_of(y)[0] for y in ys).operations(targets, Settings(EXACT))
     large = any(
         meta.shape is None or torch.Size(meta.shape).numel() > MOST_ENTRIES for o in found for meta in o.outputs
     )

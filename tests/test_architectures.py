@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from curvext import extend
-from curvext.graph import edge_of, operations
+from curvext.graph import Graph, edge_of
 from curvext.sweep import Settings
 from curvext.testing import EXACT, check_operation
 
@@ -66,7 +66,7 @@ def test_rules_on_operations_as_transformers_record_them(float64):
     for name in TRANSFORMERS:
         model, loss = transformer(name)
         targets = {edge_of(p): k for k, p in model.named_parameters()}
-        ops = operations([loss().grad_fn], targets, Settings(enumerate_up_to=EXACT))
+        ops = Graph([loss().grad_fn]).operations(targets, Settings(enumerate_up_to=EXACT))
         for op in ops:
             kind = op.kind, op.needs, len(op.outputs[0].shape), op.coincident
             size = sum(math.prod(meta.shape) for meta in (*op.outputs, *op.inputs) if meta is not None)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvext import CurvatureError, extend
 from curvext.diagonal import pass_diagonal, through
-from curvext.graph import edge_of, operations
+from curvext.graph import Graph, edge_of
 from curvext.sweep import Settings
 from curvext.testing import EXACT
 
@@ -35,7 +35,7 @@ def waves(tensors, attend, gauss_newton=False):
     torch.manual_seed(1)
     g, h = torch.randn_like(y), torch.randn_like(y)
     targets = {edge_of(x): name for name, x in tensors.items() if x.requires_grad}
-    (op,) = operations([edge_of(y)[0]], targets, Settings())
+    (op,) = Graph([edge_of(y)[0]]).operations(targets, Settings())
     got = pass_diagonal(op, None if gauss_newton else [g], [h])
     return {targets[edge]: op.reduced(got[i], i) for i, edge in enumerate(op.edges) if op.needs[i]}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvext.graph import edge_of, operations
+from curvext.graph import Graph, edge_of
 from curvext.registry import registered
 from curvext.rules.default import default
 from curvext.sweep import Settings
@@ -73,7 +73,7 @@ def test_default_on_complex_tensors(name, way):
     y = function(*leaves)
     targets = {edge_of(leaf): i for i, leaf in enumerate(leaves)}
     options = {"enumerate_up_to": EXACT} if way == "enumerated" else {"enumerate_up_to": 0, "probes": 1500}
-    (op,) = operations([edge_of(y)[0]], targets, Settings(**options))
+    (op,) = Graph([edge_of(y)[0]]).operations(targets, Settings(**options))
     op.settings.sampled.add(op.kind)  # no warning
     g, h = torch.randn_like(y), torch.randn_like(y)
     waves = default(op, [g], [h])

@@ -12,7 +12,7 @@ from torch import nn
 import curvext
 from curvext import CurvatureError, SampledOperationWarning, extend
 from curvext.diagonal import pass_diagonal
-from curvext.graph import edge_of, operations
+from curvext.graph import Graph, edge_of
 from curvext.registry import find
 from curvext.rules.default import default
 from curvext.sweep import Settings
@@ -35,7 +35,7 @@ def topmost(function, inputs, **settings):
     """The topmost operation of function(*inputs), and a leaf for each of its differentiable inputs."""
     y = function(*inputs)
     targets = {edge_of(x): i for i, x in enumerate(inputs) if x.requires_grad}
-    op = operations([y.grad_fn], targets, Settings(**{"enumerate_up_to": EXACT, **settings}))[0]
+    op = Graph([y.grad_fn]).operations(targets, Settings(**{"enumerate_up_to": EXACT, **settings}))[0]
     return op, torch.randn_like(y), torch.randn_like(y), targets
 
 
@@ -98,7 +98,7 @@ class TestExact:
         b = torch.tanh(a)
         y = function(a, b)
         g, h = torch.randn_like(y), torch.randn_like(y)
-        op = operations([y.grad_fn], {edge_of(w): 0}, Settings(enumerate_up_to=EXACT))[0]
+        op = Graph([y.grad_fn]).operations({edge_of(w): 0}, Settings(enumerate_up_to=EXACT))[0]
         pairs = {edge_of(a): (0, a), edge_of(b): (1, b)}
         waves = default(op, [g], [h]) if way == "default" else pass_diagonal(op, [g], [h])
         values = [value.detach() for _, value in sorted(pairs.values(), key=lambda pair: pair[0])]
@@ -116,7 +116,7 @@ class TestExact:
         x = w.exp()
         y = function(x)
         g, h = torch.randn_like(y), torch.randn_like(y)
-        op = operations([y.grad_fn], {edge_of(w): 0}, Settings(enumerate_up_to=EXACT))[0]
+        op = Graph([y.grad_fn]).operations({edge_of(w): 0}, Settings(enumerate_up_to=EXACT))[0]
         assert op.coincident
         waves = default(op, [g], [h]) if way == "default" else pass_diagonal(op, [g], [h])
         got = torch.zeros(3, 3) + sum(op.reduced(wave, i) for i, wave in enumerate(waves) if wave is not None)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from curvext import CurvatureError, HesScale, extend, registry
 from curvext.diagonal import pass_diagonal, through
-from curvext.graph import Operation, edge_of, operations
+from curvext.graph import Graph, Operation, edge_of
 from curvext.rules.recurrent import lstm_waves
 from curvext.sweep import Settings
 from curvext.testing import check_quantity
@@ -177,7 +177,7 @@ def test_fused_cells_equal_those_of_the_cpu(cell, gates, float64):
     torch.testing.assert_close(list(fused), list(ordinary))
     g, h = ([torch.randn(1, 2) for _ in fused] for _ in "gh")
     want = through(ordinary, tensors, g, h, Settings())
-    (op,) = operations([fused[0].grad_fn], {edge_of(x): x for x in tensors}, Settings())
+    (op,) = Graph([fused[0].grad_fn]).operations({edge_of(x): x for x in tensors}, Settings())
     unread = [None] * (len(op.outputs) - len(g))
     got = pass_diagonal(op, g + unread, h + unread)
     for name, a, b in zip(names, got, want, strict=False):

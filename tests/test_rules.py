@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import curvext
 from curvext.diagonal import pass_diagonal
-from curvext.graph import edge_of, operations
+from curvext.graph import Graph, edge_of
 from curvext.registry import find, registered
 from curvext.rules.default import default
 from curvext.sweep import Settings
@@ -50,7 +50,7 @@ def test_one_operation_equals_autograd_functional(case):
     if not isinstance(y, torch.Tensor) or not y.dtype.is_floating_point:
         pytest.skip("several outputs, or complex ones")
     targets = {edge_of(x): i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x.requires_grad}
-    ops = operations([edge_of(y)[0]], targets, Settings(enumerate_up_to=EXACT))
+    ops = Graph([edge_of(y)[0]]).operations(targets, Settings(enumerate_up_to=EXACT))
     if len(ops) != 1 or ops[0].coincident:
         pytest.skip("several operations")
     rule = find(ops[0], "diagonal")

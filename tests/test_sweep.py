@@ -15,7 +15,7 @@ from torch import nn
 
 import curvext
 from curvext import CurvatureError, DiagHessian, HesScale, extend
-from curvext.graph import edge_of, nearest, operations
+from curvext.graph import Graph, edge_of, nearest
 from curvext.sweep import Sweep
 from curvext.testing import without_rules
 
@@ -95,7 +95,7 @@ class TestGraph:
     def test_operations_come_roots_first_and_lead_to_the_targets(self):
         a, b = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
         y = (torch.tanh(a) * torch.sigmoid(b)).sum()
-        ops = operations([y.grad_fn], {edge_of(a): "a"})
+        ops = Graph([y.grad_fn]).operations({edge_of(a): "a"})
         assert [op.name for op in ops] == ["SumBackward0", "MulBackward0", "TanhBackward0"]
         assert ops[1].needs == (True, False)
 
@@ -108,7 +108,7 @@ class TestGraph:
 
     def test_a_dimension_of_minus_one_reads_as_such(self):
         y = torch.log_softmax(torch.randn(2, 3, requires_grad=True), dim=-1)
-        (op,) = operations([y.grad_fn], {y.grad_fn.next_functions[0]: "x"})
+        (op,) = Graph([y.grad_fn]).operations({y.grad_fn.next_functions[0]: "x"})
         assert op.dim == -1 and torch.equal(op.result, y)
 
 

@@ -40,7 +40,7 @@ class Quantity(_Saved):
         """The waves at the operation's inputs, given gradients and waves at its outputs."""
 
     def needs_gradient(self, op: Operation) -> bool:
-        """Whether :meth:`step` uses the gradient here; views of parameters where it does not need no hook."""
+        """Whether :meth:`step` uses the gradient here; operations where it does not need no hook."""
         return True
 
 

@@ -53,7 +53,7 @@ def leaky_relu_(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | N
     return None if h is None else aten.leaky_relu_backward(h, op.result, op.negative_slope**2, False)
 
 
-@rule("PreluKernelBackward0", coincident=True)
+@rule("PreluKernelBackward0", coincident=True, linear=True)
 def prelu(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = x or w x: h_x = h or w² h, h_w = 0 or x² h; linear in each."""
     if op.coincident:

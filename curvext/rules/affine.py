@@ -32,7 +32,7 @@ def _right(h: Tensor, a: Tensor) -> Tensor:
     return (a * a).mT @ h
 
 
-@rule("MmBackward0", "BmmBackward0", coincident=True)
+@rule("MmBackward0", "BmmBackward0", coincident=True, linear=True)
 def mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = A B, also batched: h_A = h (B∘B)ᵀ, h_B = (A∘A)ᵀ h."""
     if op.coincident:
@@ -58,13 +58,13 @@ def _matrix_square(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor 
     return wave
 
 
-@rule("AddmmBackward0", "SparseAddmmBackward0")
+@rule("AddmmBackward0", "SparseAddmmBackward0", linear=True)
 def addmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = β C + α A B: h_C = β² h, h_A = α² h (B∘B)ᵀ, h_B = α² (A∘A)ᵀ h."""
     return None if h is None else _added(op, h, op.mat1, op.mat2)
 
 
-@rule("BaddbmmBackward0", "AddbmmBackward0")
+@rule("BaddbmmBackward0", "AddbmmBackward0", linear=True)
 def baddbmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = β C + α A B, batched, or summed over the batch: as addmm; the sum's wave is that of each term."""
     return None if h is None else _added(op, h, op.batch1, op.batch2)
@@ -78,7 +78,7 @@ def _added(op: Operation, h: Tensor, a: Tensor, b: Tensor) -> Waves:
     )
 
 
-@rule("MvBackward0")
+@rule("MvBackward0", linear=True)
 def mv(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = A v: h_A = h (v∘v)ᵀ, h_v = (A∘A)ᵀ h."""
     if h is None:
@@ -87,7 +87,7 @@ def mv(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return a, (_right(h, op.self) if op.needs[1] else None)
 
 
-@rule("AddmvBackward0")
+@rule("AddmvBackward0", linear=True)
 def addmv(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = β c + α A v: h_c = β² h, h_A = α² h (v∘v)ᵀ, h_v = α² (A∘A)ᵀ h."""
     if h is None:
@@ -99,7 +99,7 @@ def addmv(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     )
 
 
-@rule("AddrBackward0")
+@rule("AddrBackward0", linear=True)
 def addr(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = β C + α a bᵀ: h_C = β² h, h_a = α² h (b∘b), h_b = α² hᵀ (a∘a)."""
     if h is None:
@@ -111,7 +111,7 @@ def addr(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     )
 
 
-@rule("DotBackward0", "VdotBackward0", coincident=True)
+@rule("DotBackward0", "VdotBackward0", coincident=True, linear=True)
 def dot(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | list[Tensor | None]:
     """y = a · b: h_a = h b∘b, h_b = h a∘a."""
     if op.coincident:
@@ -122,7 +122,7 @@ def dot(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | list[Tenso
     return h * second.square() if op.needs[0] else None, h * op.self.square() if op.needs[1] else None
 
 
-@rule("LinalgCrossBackward0")
+@rule("LinalgCrossBackward0", linear=True)
 def cross(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = a × b, yᵢ = aⱼ bₖ - aₖ bⱼ with (i, j, k) cyclic: h_aᵢ = hⱼ bₖ² + hₖ bⱼ², and so for b."""
     if h is None:
@@ -136,7 +136,7 @@ def cross(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return pulled(op.other) if op.needs[0] else None, pulled(op.self) if op.needs[1] else None
 
 
-@rule("TrilinearBackward0")
+@rule("TrilinearBackward0", linear=True)
 def trilinear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = Σ a ∘ b ∘ c: h_a = Σ h (Σ b ∘ c)², the inner sum over what a has no dimension for.
 
@@ -162,7 +162,7 @@ def _without(letters: str, dims: Sequence[int]) -> str:
     return "".join(x for d, x in enumerate(letters) if d not in dims)
 
 
-@rule("ForeachMmBackward0", outputs="all")
+@rule("ForeachMmBackward0", outputs="all", linear=True)
 def foreach_mm(op: Operation, g: Any, h: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
     """y_i = A_i B_i: as mm, for each i."""
     if h is None:
@@ -172,7 +172,7 @@ def foreach_mm(op: Operation, g: Any, h: Sequence[Tensor | None] | None) -> list
     return a + [_right(w, op.self[i]) if w is not None and op.needs[n + i] else None for i, w in enumerate(h)]
 
 
-@rule("GroupedMmBackward0")
+@rule("GroupedMmBackward0", linear=True)
 def grouped_mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y_i = A_i B_i for the groups i of a mixture of experts: as mm, for each i."""
     if h is None:
@@ -181,7 +181,7 @@ def grouped_mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return a, (grouped(op.self.square().mT, h, offs=op.offs) if op.needs[1] else None)
 
 
-@rule("LinearBackward0")
+@rule("LinearBackward0", linear=True)
 def linear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = x Wᵀ + b where it is one operation: h_x = h (W∘W), h_W = hᵀ (x∘x), h_b = h."""
     if h is None:

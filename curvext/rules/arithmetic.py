@@ -78,7 +78,7 @@ def rsub_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | N
     return None if h is None else _times(h, op.alpha**2)
 
 
-@rule("MulBackward0", coincident=True)
+@rule("MulBackward0", coincident=True, linear=True)
 def mul(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | Waves | None:
     """y = a b: h_a = b² h, h_b = a² h; of x x: 4 x² h + 2 g."""
     if op.coincident:
@@ -190,7 +190,7 @@ def number_pow(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | No
     return factor * y * (y * h if g is None else torch.addcmul(g, y, h))
 
 
-@rule("AddcmulBackward0", coincident=True)
+@rule("AddcmulBackward0", coincident=True, linear=True)
 def addcmul(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = a + v b c: h_a = h, h_b = v² c² h, h_c = v² b² h."""
     if op.coincident:
@@ -221,7 +221,7 @@ def lerp_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     return _sum(op, h, 1 - op.weight, op.weight)
 
 
-@rule("LerpBackward1", coincident=True)
+@rule("LerpBackward1", coincident=True, linear=True)
 def lerp(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = (1-w) a + w b: h_a = (1-w)² h, h_b = w² h, h_w = (b-a)² h."""
     if op.coincident:

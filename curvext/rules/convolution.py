@@ -19,7 +19,7 @@ from ..registry import rule
 Waves = Sequence[Tensor | None] | None
 
 
-@rule("ConvolutionBackward0", "ConvolutionOverrideableBackward0")
+@rule("ConvolutionBackward0", "ConvolutionOverrideableBackward0", linear=True)
 def convolution(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = W ⋆ x + b, also transposed: h_x = (W∘W)ᵀ ⋆ h, h_W = (x∘x) ⋆ h, h_b = Σ h."""
     if h is None:
@@ -36,6 +36,7 @@ def convolution(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     *("SlowConvTranspose2DBackward0", "SlowConvTranspose3DBackward0"),
     *("CudnnConvolutionBackward0", "CudnnConvolutionTransposeBackward0", "MpsConvolutionBackward0"),
     *("MiopenConvolutionBackward0", "MiopenConvolutionTransposeBackward0", "MiopenDepthwiseConvolutionBackward0"),
+    linear=True,
 )
 def kernel(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = W ⋆ x + b by one library's kernel, called directly: as convolution; what it has no setting for is plain."""
@@ -61,7 +62,7 @@ def _backward(op: Operation, h: Tensor, x: Tensor, weight: Tensor, geometry: Seq
     return torch.ops.aten.convolution_backward(h, x, weight, bias, *geometry, needs)
 
 
-@rule("ConvTbcBackward0")
+@rule("ConvTbcBackward0", linear=True)
 def conv_tbc(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = W ⋆ x + b over time, batch and channels: as convolution."""
     if h is None:

@@ -23,7 +23,7 @@ selection(
 )
 
 
-@rule("AvgPool2DBackward0", "AvgPool3DBackward0")
+@rule("AvgPool2DBackward0", "AvgPool3DBackward0", linear=True)
 def average(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """yₒ = Σ x / dₒ over a window, dₒ its divisor: h_x = Jᵀ (h / d)."""
     return None if h is None else op.vjp(h * _reciprocal_divisor(op))[0]
@@ -43,7 +43,7 @@ def _reciprocal_divisor(op: Operation) -> Tensor | float:
     return (pool(ones, *settings) / pool(ones, *settings, 1).clamp_min(1)).to(op.self.dtype)
 
 
-@rule("AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0")
+@rule("AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0", linear=True)
 def adaptive_average(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """yₒ = Σ x / dₒ over a bin, dₒ its size: h_x = Jᵀ (h / d)."""
     if h is None:

@@ -97,19 +97,19 @@ reduction("LogsumexpBackward0", d1=lambda op: (op.self - kept(op, op.result)).ex
 
 
 @rule("MeanBackward0", "MeanBackward1")
-@rule("MeanBackward0", "MeanBackward1", wave="complex")
+@rule("MeanBackward0", "MeanBackward1", wave="complex", linear=True)
 def mean(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = Σx / n: h_x = h / n²."""
     return None if h is None else op.vjp(h / _reduced_entries(op))[0]
 
 
-@rule("SegmentReduceBackward0")
+@rule("SegmentReduceBackward0", linear=True)
 def segment_reduce(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """Sum, mean, product or extremum of segments: (Jᵀ1) ∘ (Jᵀh); even a product is linear in each factor."""
     return scale(op, None, h)
 
 
-@rule("AminmaxBackward0", outputs="all")
+@rule("AminmaxBackward0", outputs="all", linear=True)
 def aminmax(op: Operation, g: Any, h: Sequence[Tensor | None] | None) -> Tensor | None:
     """y₁ = min x, y₂ = max x: Σₖ (Jₖᵀ1) ∘ (Jₖᵀhₖ)."""
     if h is None:
@@ -307,7 +307,7 @@ def renorm(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor:
     return torch.where(n > m, wave, free)
 
 
-@rule("CumprodBackward0")
+@rule("CumprodBackward0", linear=True)
 def cumprod(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """yₖ = Πⱼ xⱼ, linear in each factor; J∘J is the Jacobian of cumprod at x²: h_x = J(x²)ᵀ h."""
     if h is None:
