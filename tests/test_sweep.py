@@ -219,6 +219,23 @@ class TestSharedGraphs:
             for got in results[i]:
                 torch.testing.assert_close(got, want[i], rtol=1e-9, atol=1e-12)
 
+    def test_another_thread_passes_through_the_root_half_way(self):
+        model, x = one_hidden(), torch.randn(6, 4)
+        hidden = torch.tanh(model[0](x))
+        loss = model[2](hidden).square().mean()
+        above, done = loss.exp(), []
+
+        def hook(g):
+            if not done:
+                done.append(True)
+                self.run(lambda: above.backward(retain_graph=True))
+
+        hidden.register_hook(hook)
+        with extend(model) as curvature:
+            loss.backward(retain_graph=True)
+        want = hessian_diagonal(lambda: model(x).square().mean(), list(model.parameters()))
+        torch.testing.assert_close(list(curvature.hesscale.values()), want, rtol=1e-9, atol=1e-12)
+
     def test_a_backward_pass_in_a_hook_on_part_of_the_graph(self):
         model, x = one_hidden(), torch.randn(6, 4)
         with extend(model) as curvature:
