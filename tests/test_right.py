@@ -217,7 +217,7 @@ class TestLayouts:
             nn.Hardtanh(inplace=True),
             torch.tanh_,
         ],
-        ids=str,
+        ids=lambda activation: getattr(activation, "__name__", None) or str(activation),
     )
     def test_activations_in_place(self, activation):
         first, second, x, y = nn.Linear(4, 5), nn.Linear(5, 3), torch.randn(6, 4), torch.randn(6, 3)

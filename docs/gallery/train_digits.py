@@ -1,7 +1,7 @@
 """HesScale against the exact Hessian diagonal while a small network learns to read digits.
 
-The off-diagonals that HesScale drops matter little at the start and more once the softmax has become peaked. AdaHesScale
-trains on the estimate; its step runs the block itself.
+The off-diagonals that HesScale drops matter little at the start and more once the softmax has become peaked.
+AdaHesScale trains on the estimate; its step runs the block itself.
 """
 
 import matplotlib.pyplot as plt
@@ -38,7 +38,10 @@ for step in range(101):
     losses.append(float(optimizer.step(lambda rows=rows: torch.nn.functional.cross_entropy(model(x[rows]), y[rows]))))
 
 assert losses[-1] < 0.5 * losses[0]
-print(*(f"step {s:3d}  HesScale {a:.1%}  Gauss-Newton form {b:.1%}" for s, (a, b) in zip(steps, errors)), sep="\n")
+print(
+    *(f"step {s:3d}  HesScale {a:.1%}  Gauss-Newton form {b:.1%}" for s, (a, b) in zip(steps, errors, strict=True)),
+    sep="\n",
+)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
 left.plot(steps, errors, marker="o", label=["HesScale", "HesScaleGN"])
