@@ -35,7 +35,7 @@ for step in range(101):
         steps.append(step)
         errors.append(relative_error())
     rows = torch.randint(0, len(x), (64,))
-    losses.append(float(optimizer.step(lambda rows=rows: torch.nn.functional.cross_entropy(model(x[rows]), y[rows]))))
+    losses.append(optimizer.step(lambda rows=rows: torch.nn.functional.cross_entropy(model(x[rows]), y[rows])).item())
 
 assert losses[-1] < 0.5 * losses[0]
 print(
