@@ -183,6 +183,12 @@ class TestDiagHessian:
             attention(x, x, x, need_weights=False)[0].square().sum().backward()
         assert attention.in_proj_weight.grad is not None and not hasattr(attention.in_proj_weight, "diag_h")
 
+    def test_a_second_derivative_that_pytorch_has_wrong_is_refused(self):
+        layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+        with extend(layer, DiagHessian()), pytest.raises(CurvatureError, match="WeightNormInterfaceBackward0 is wrong"):
+            layer(torch.randn(4, 3)).square().sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+
     def test_does_not_change_gradients_of_a_retained_graph(self):
         model, loss = MODELS["cnn"]()
         want = torch.autograd.grad(loss(), list(model.parameters()))

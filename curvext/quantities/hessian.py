@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
-from ..rules.default import quiet_vmap
+from ..graph import Graph
+from ..rules.default import MISTAKEN, quiet_vmap
 from .base import WholeGraph
 
 
@@ -24,13 +25,14 @@ class DiagHessian(WholeGraph):
         chunk: products that are computed together; more is faster and takes more memory.
 
     Raises:
-        CurvatureError: if an operation of the graph cannot be differentiated twice.
+        CurvatureError: if an operation of the graph cannot be differentiated twice, or PyTorch does so wrongly.
     """
 
     chunk: int = 64
     savefield = "diag_h"
 
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> list[Tensor | None]:
+        _refuse_mistaken(loss)
         try:
             with torch.enable_grad():
                 gradients = torch.autograd.grad(loss, targets, scale, create_graph=True, allow_unused=True)
@@ -57,3 +59,12 @@ class DiagHessian(WholeGraph):
                 gradient, x, basis.view(-1, *x.shape), is_grads_batched=True, retain_graph=True, allow_unused=True
             )
         return torch.zeros_like(rows, dtype=x.dtype) if products is None else products.flatten(1)[rows, index].detach()
+
+
+def _refuse_mistaken(loss: Tensor) -> None:
+    for node, _ in Graph([loss.grad_fn] if loss.grad_fn is not None else []).order:
+        if node.name() in MISTAKEN:
+            raise CurvatureError(
+                f"DiagHessian: PyTorch's second derivative of {node.name()} is wrong. For weight norm, write "
+                "g * v / v.norm(...) with ordinary operations; HesScale has a rule of its own."
+            )
