@@ -373,3 +373,10 @@ class TestSurroundings:
         for i, p in enumerate((g, v)):
             want = equation_2(normalised, [g.detach(), v.detach()], i, weight.grad, weight.hesscale)
             torch.testing.assert_close(p.hesscale, want)
+
+
+def test_the_layout_is_the_parameters():
+    layer, w = nn.Linear(5, 3), torch.randn(5, 3, requires_grad=True)
+    with extend({"layer": layer.weight, "w": w}):
+        (layer(torch.randn(4, 5)) + torch.randn(4, 5) @ w).square().mean().backward()
+    assert layer.weight.hesscale.stride() == layer.weight.stride() and w.hesscale.stride() == w.stride()

@@ -28,8 +28,14 @@ def _left(h: Tensor, b: Tensor) -> Tensor:
     return h @ (b * b).mT
 
 
-def _right(h: Tensor, a: Tensor) -> Tensor:
-    return (a * a).mT @ h
+def _right(h: Tensor, a: Tensor, transposed: bool = False) -> Tensor:
+    return (h.mT @ (a * a)).mT if transposed else (a * a).mT @ h
+
+
+def _transposed(op: Operation) -> bool:
+    """Whether the second matrix is a transposed view, such as a layer's weight: its wave then has that layout too."""
+    strides = getattr(op.node, "_saved_mat2_sym_strides", None)
+    return strides is not None and strides[0] == 1
 
 
 @rule("MmBackward0", "BmmBackward0", coincident=True, linear=True)
@@ -40,7 +46,7 @@ def mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     if h is None:
         return None
     a = _left(h, op.mat2) if op.needs[0] else None
-    return a, (_right(h, op.self) if op.needs[1] else None)
+    return a, (_right(h, op.self, _transposed(op)) if op.needs[1] else None)
 
 
 def _matrix_square(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
@@ -74,7 +80,7 @@ def _added(op: Operation, h: Tensor, a: Tensor, b: Tensor) -> Waves:
     return (
         _scaled(h, op.beta) if op.needs[0] else None,
         _scaled(_left(h, b), op.alpha) if op.needs[1] else None,
-        _scaled(_right(h, a), op.alpha) if op.needs[2] else None,
+        _scaled(_right(h, a, _transposed(op)), op.alpha) if op.needs[2] else None,
     )
 
 
