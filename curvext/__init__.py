@@ -6,8 +6,20 @@ from .errors import SampledOperationWarning as SampledOperationWarning
 from .extend import Curvature as Curvature
 from .extend import extend as extend
 from .quantities import BL89 as BL89
+from .quantities import BatchDiagGGNExact as BatchDiagGGNExact
+from .quantities import BatchDiagGGNMC as BatchDiagGGNMC
+from .quantities import BatchDotGrad as BatchDotGrad
+from .quantities import BatchGrad as BatchGrad
+from .quantities import BatchL2Grad as BatchL2Grad
+from .quantities import DiagGGNExact as DiagGGNExact
+from .quantities import DiagGGNMC as DiagGGNMC
 from .quantities import DiagHessian as DiagHessian
+from .quantities import GGNBlock as GGNBlock
 from .quantities import HesScale as HesScale
+from .quantities import SqrtGGNExact as SqrtGGNExact
+from .quantities import SqrtGGNMC as SqrtGGNMC
+from .quantities import SumGradSquared as SumGradSquared
+from .quantities import Variance as Variance
 from .registry import rule as rule
 from .registry import unregister as unregister
 

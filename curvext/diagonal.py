@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .graph import Graph, Operation, edge_of
-from .quantities.base import Quantity
+from .graph import Edge, Graph, Operation, edge_of
 from .rules.default import default
 from .sweep import Settings, Sweep
+from .wave import Wave
 
 Waves = Sequence[Tensor | None]
 
@@ -73,25 +73,25 @@ def through(
     """
     kept = [k for k, y in enumerate(results) if y is not None and y.requires_grad]
     ys: list[Any] = [results[k] for k in kept]
-    carrier = _Through(residual=g is not None)
+    waves: dict[Edge, Any] = {}
     targets = {edge_of(x): i for i, x in enumerate(inputs) if x is not None and x.requires_grad}
     seeds = {edge_of(y): [h[k]] for k, y in zip(kept, ys, strict=True) if h is not None and h[k] is not None}
-    sweep = Sweep(Graph(edge_of(y)[0] for y in ys), targets, (carrier,), settings, seeds)
+    carrier = _Through(residual=g is not None)
+    sweep = Sweep(Graph(edge_of(y)[0] for y in ys), targets, (carrier,), settings, waves.__setitem__, seeds)
     gs: list[Any] = [torch.zeros_like(y) if g is None or g[k] is None else g[k] for k, y in zip(kept, ys, strict=True)]
     with sweep:
         torch.autograd.grad(ys, [x for x in inputs if x is not None and x.requires_grad], gs, allow_unused=True)
     if sweep.error is not None:
         raise sweep.error
-    waves: dict[int, Tensor] = {targets[edge]: wave for edge, (wave,) in sweep.results.items()}
-    return [waves.get(i) for i in range(len(inputs))]
+    found = {targets[edge]: wave for edge, (wave,) in waves.items()}
+    return [found.get(i) for i in range(len(inputs))]
 
 
 @dataclass(frozen=True)
-class _Through(Quantity):
+class _Through(Wave):
     """A diagonal wave in a graph of its own."""
 
     residual: bool = True
-    savefield = ""
 
     def step(self, op: Operation, g: Sequence[Tensor | None], h: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         return pass_diagonal(op, g if self.residual else None, h)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from .errors import CurvatureError
-from .graph import Edge, Graph
-from .quantities import HesScale, Quantity, WholeGraph
+from .graph import Edge, Graph, nearest
+from .quantities import HesScale
+from .quantities.base import Quantity, Selected, Target, WholeGraph
+from .samples import Samples
+from .selection import Model, assigned, checked, kept, named, trained
 from .sweep import Settings, Sweep
-
-Target = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Tensor
 
 
 class Curvature(Mapping[str, dict[str, Tensor]]):
@@ -59,42 +61,60 @@ class extend(TorchFunctionMode):
     Args:
         model: names and selects parameters: an ``nn.Module`` (its parameters that require a gradient), a mapping of
             names to tensors, or an iterable of tensors (named "0", "1", ...). The graph is found from the loss.
-        quantities: what to compute, instances; ``HesScale()`` if none is given.
-        generator: source of random probes, for operations that must be sampled.
+        quantities: what to compute, instances; ``HesScale()`` if none is given. ``KFAC().only("fc*", nn.Linear)`` is
+            for some parameters only.
+        only: restricts all quantities: globs over parameter names (a module's name stands for all below it), module
+            classes, or predicates ``(name, parameter) -> bool``; one or a list.
+        samples: the number N of samples, for quantities that tell samples apart; by default the size of the leading
+            dimension of the tensor that the loss sums up. ``samples=1`` treats the batch as one sample.
+        extension_hook: called with each parameter as soon as its quantities are on it, before ``p.grad`` is complete:
+            to reduce or delete them early.
+        generator: source of random probes and Monte-Carlo draws.
         probes: random probes for each operation that must be sampled.
         enumerate_up_to: operations without a rule are enumerated exactly up to this many entries, and sampled beyond.
 
     Raises:
         TypeError: if ``model`` or a quantity is of the wrong kind.
+        ValueError: if a selection matches nothing, or two quantities would be saved under one name.
         CurvatureError: on leaving the block, if no ``backward()`` ran in it; after ``backward()``, if the loss does not
             depend on the model, or if an operation has no correct curvature (gradients are then as without the block).
     """
 
     def __init__(
         self,
-        model: Target,
-        *quantities: Quantity | WholeGraph,
+        model: Model,
+        *quantities: Quantity | WholeGraph | Selected,
+        only: Any = None,
+        samples: int | None = None,
+        extension_hook: Callable[[Tensor], None] | None = None,
         generator: torch.Generator | None = None,
         probes: int = 1,
         enumerate_up_to: int = 256,
     ):
         super().__init__()
-        self.model = _kept(model)
-        _trained(_named(self.model))
-        self.quantities = _checked(quantities or (HesScale(),))
-        if probes < 1 or enumerate_up_to < 0:
-            raise ValueError(f"extend: probes must be >= 1 and enumerate_up_to >= 0, got {probes}, {enumerate_up_to}")
+        self.model, self.only, self.samples, self.hook = kept(model), only, samples, extension_hook
+        self.entries = checked(quantities or (HesScale(),))
+        assigned(self.model, self.entries, trained(named(self.model)), only)
+        if probes < 1 or enumerate_up_to < 0 or (samples is not None and samples < 1):
+            raise ValueError(
+                f"extend: probes and samples must be >= 1 and enumerate_up_to >= 0, got {probes}, {samples} and "
+                f"{enumerate_up_to}"
+            )
         self.options = {"generator": generator, "probes": probes, "enumerate_up_to": enumerate_up_to}
+        self.waves = list({wave: None for entry in self.entries for wave in getattr(entry.quantity, "waves", ())})
 
     def __enter__(self) -> Curvature:  # type: ignore[override]
         if hasattr(self, "results"):
             raise CurvatureError("extend: this block is running already; a block inside it needs its own extend(...)")
-        named = _named(self.model)  # afresh: parameters may have been frozen or replaced since the last block
-        self.tensors = _trained(named)
-        fields = [quantity.savefield for quantity in self.quantities]
-        self.earlier = {id(t): [t.__dict__.pop(field, None) for field in fields] for t in named.values()}
+        every = named(self.model)  # afresh: parameters may have been frozen or replaced since the last block
+        tensors = trained(every)
+        self.asked = assigned(self.model, self.entries, tensors, self.only)
+        self.tensors = {name: tensors[name] for name in self.asked}
+        fields = list({entry.quantity.savefield: None for entry in self.entries})
+        self.earlier = {id(t): [t.__dict__.pop(field, None) for field in fields] for t in every.values()}
         self.settings = Settings(**self.options)  # type: ignore[arg-type]
         self.results = Curvature(fields)
+        self.held: dict[tuple[str, str], Any] = {}
         self.backwards = 0
         super().__enter__()
         return self.results
@@ -104,7 +124,7 @@ class extend(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)
         results, backwards = self.results, self.backwards
-        del self.tensors, self.settings, self.results, self.backwards, self.earlier
+        del self.tensors, self.asked, self.settings, self.results, self.held, self.backwards, self.earlier
         if kind is None and not backwards:
             raise CurvatureError(
                 f"extend: no backward() ran inside the block, so there is no {', '.join(results)}. Call "
@@ -130,64 +150,127 @@ class extend(TorchFunctionMode):
         if loss.grad_fn is None:
             return loss.backward(**arguments)  # torch's own error, or a leaf, which has no curvature
         graph = Graph([loss.grad_fn])
-        names = self._targets(graph, inputs)
-        carried = [quantity for quantity in self.quantities if isinstance(quantity, Quantity)]
-        earlier = {edge: self.earlier.pop(id(self.tensors[first]), None) for edge, (first, *_) in names.items()}
-        sweep = Sweep(graph, names, carried, self.settings, earlier=earlier)
-        products, failure = self._products(loss, gradient, names)
+        targets = self._targets(graph, inputs)
+        reader = _Reader(self, targets)
+        sweep = Sweep(graph, targets, self.waves, self.settings, reader.arrive)
+        failure = self._prepare(sweep, reader, loss, gradient)
         try:
-            with sweep:
+            with sweep if failure is None else nullcontext():
                 loss.backward(**arguments)
         except CheckpointError as error:
             raise CurvatureError(_CHECKPOINTED) from error
+        failure = failure or reader.failure or _failure(sweep)
+        if failure is None and not targets:
+            failure = CurvatureError(_unreached(self.tensors, inputs))
         if failure is not None:
+            reader.withdraw()
             raise failure
-        if isinstance(sweep.error, Warning):  # warnings are errors
-            raise sweep.error
-        if sweep.error is not None:
-            raise _located(sweep.error, sweep.where) from sweep.error
-        if not sweep.results:
-            raise CurvatureError(_unreached(self.tensors, inputs))
-        for edge in names:
-            if edge in sweep.results:
-                for quantity, wave in (*zip(carried, sweep.results[edge], strict=True), *products.get(edge, ())):
-                    self._keep(names[edge], quantity, wave)
+        reader.commit()
 
-    def _targets(self, graph: Graph, inputs: Any) -> dict[Edge, list[str]]:
-        """The names of every tensor to follow: all of the graph, or those that ``backward(inputs=...)`` asks for."""
+    def _targets(self, graph: Graph, inputs: Any) -> dict[Edge, Target]:
+        """Every tensor to follow: all of the graph, or those that ``backward(inputs=...)`` asks for."""
         asked = None if inputs is None else _ids(inputs)
-        targets: dict[Edge, list[str]] = {}
+        targets: dict[Edge, Target] = {}
         for name, tensor in self.tensors.items():
             edge = graph.edge_of(tensor)
             if edge is not None and (asked is None or id(tensor) in asked):
-                targets.setdefault(edge, []).append(name)
+                if edge in targets:
+                    targets[edge].names.append(name)
+                else:
+                    targets[edge] = Target(tensor, [name])
         return targets
 
-    def _products(
-        self, loss: Tensor, gradient: Tensor | None, names: Mapping[Edge, list[str]]
-    ) -> tuple[dict[Edge, list[tuple[WholeGraph, Any]]], CurvatureError | None]:
-        """What needs the whole graph, before the backward pass frees it; a failure must not cost the gradients."""
-        found: dict[Edge, list[tuple[WholeGraph, Any]]] = {}
-        tensors = [self.tensors[first] for first, *_ in names.values()]
+    def _prepare(self, sweep: Sweep, reader: _Reader, loss: Tensor, gradient: Tensor | None) -> Exception | None:
+        """What must be known before the backward pass; a failure must not cost the gradients."""
+        samples = Samples(sweep.operations, sweep.targets, self.samples)
         try:
-            for quantity in self.quantities:
-                if isinstance(quantity, WholeGraph):
-                    for edge, value in zip(names, quantity.compute(loss, gradient, tensors), strict=True):
-                        found.setdefault(edge, []).append((quantity, value))
+            if any(wave.by_sample for wave in self.waves):
+                samples.follow()
+                for edge, target in sweep.targets.items():
+                    target.n, target.axis = samples.n, samples.axes.get(edge)
+            reader.products(loss, gradient)
         except CurvatureError as error:
-            return {}, error
-        return found, None
+            at = samples.at
+            return error if at is None else _located(error, (at.kind, nearest(at.node, sweep.targets)))
+        return None
 
-    def _keep(self, names: Sequence[str], quantity: Quantity | WholeGraph, value: Any) -> None:
-        """Add what has arrived at one tensor to its result; a tensor may have several names."""
-        results, tensor = self.results[quantity.savefield], self.tensors[names[0]]
-        if value is None:
-            value = quantity.zero(tensor)
-        if names[0] in results:
-            value = quantity.add(results[names[0]], value)
-        for name in names:
-            results[name] = value
-        setattr(tensor, quantity.savefield, value)
+
+class _Reader:
+    """Reads what arrives at the targets of one backward pass, and hands it to the parameters."""
+
+    def __init__(self, block: extend, targets: Mapping[Edge, Target]):
+        self.block, self.targets = block, targets
+        self.place = {wave: j for j, wave in enumerate(block.waves)}
+        self.whole: dict[Edge, dict[str, Any]] = {}
+        self.read: dict[Edge, list[tuple[Any, Any]]] = {}
+        self.failure: Exception | None = None
+
+    def products(self, loss: Tensor, gradient: Tensor | None) -> None:
+        """What needs the whole graph, before the backward pass frees it."""
+        for entry in self.block.entries:
+            quantity = entry.quantity
+            if isinstance(quantity, WholeGraph):
+                edges = [edge for edge, target in self.targets.items() if quantity in self.block.asked[target.names[0]]]
+                values = quantity.compute(loss, gradient, [self.targets[edge].tensor for edge in edges])
+                for edge, value in zip(edges, values, strict=True):
+                    self.whole.setdefault(edge, {})[quantity.savefield] = value
+
+    def arrive(self, edge: Edge, waves: Sequence[Any]) -> None:
+        """All that this target will get."""
+        block, target = self.block, self.targets[edge]
+        # results of an earlier block: let go of one by one, so that the allocator reuses their memory while it is warm
+        block.earlier.pop(id(target.tensor), None)
+        readings = []
+        for quantity in block.asked[target.names[0]]:
+            if isinstance(quantity, Quantity):
+                value = quantity.read(target, *[waves[self.place[wave]] for wave in quantity.waves])
+            else:
+                value = self.whole[edge][quantity.savefield]
+            readings.append((quantity, quantity.zero(target) if value is None else value))
+        self.read[edge] = readings
+        if block.hook is not None:
+            self._keep(edge)
+            try:
+                block.hook(target.tensor)
+            except Exception as error:
+                self.failure = error
+                raise
+
+    def _keep(self, edge: Edge) -> None:
+        """Add what has arrived to the results; a tensor may have several names."""
+        target = self.targets[edge]
+        for quantity, value in self.read.pop(edge):
+            key = quantity.savefield, target.names[0]
+            if key in self.block.held:
+                value = quantity.add(self.block.held[key], value)
+            self.block.held[key] = value
+            value = quantity.result(value, target)
+            for name in target.names:
+                self.block.results[quantity.savefield][name] = value
+            setattr(target.tensor, quantity.savefield, value)
+
+    def commit(self) -> None:
+        for edge in self.targets:  # in the order of the parameters, not of arrival
+            if edge in self.read:
+                self._keep(edge)
+        for entry in self.block.entries:
+            held = self.block.held.items()
+            entry.quantity.attach(self.block.model, {n: v for (f, n), v in held if f == entry.quantity.savefield})
+
+    def withdraw(self) -> None:
+        """Nothing of a pass that failed stays, not even what a hook has seen already."""
+        if self.block.hook is not None:
+            for target in self.targets.values():
+                for field in self.block.results:
+                    target.tensor.__dict__.pop(field, None)
+
+
+def _failure(sweep: Sweep) -> Exception | None:
+    if sweep.error is None or isinstance(sweep.error, Warning):  # warnings are errors
+        return sweep.error
+    located = _located(sweep.error, sweep.where)
+    located.__cause__ = sweep.error
+    return located
 
 
 _CHECKPOINTED = (
@@ -199,9 +282,9 @@ _CHECKPOINTED = (
 
 def _located(error: Exception, where: tuple[Any, Any] | None) -> CurvatureError:
     """The error of a rule or of the default, with the place in the model and a remedy."""
-    operation, names = where or ("unknown", None)
+    operation, target = where or ("unknown", None)
     kind = operation if isinstance(operation, str) else operation.__name__
-    place = f"operation {kind}, nearest parameter {names[0] if names else 'unknown'}: "
+    place = f"operation {kind}, nearest parameter {target.names[0] if target else 'unknown'}: "
     if isinstance(error, CurvatureError):
         return CurvatureError(f"{place}{error}")
     return CurvatureError(
@@ -225,46 +308,3 @@ def _unreached(tensors: Mapping[str, Tensor], inputs: Any) -> str:
         f"extend: the loss does not depend on any of the {len(tensors)} tensors given to extend ({few}). Pass the "
         "model that the loss was computed with."
     )
-
-
-def _kept(model: Target) -> Any:
-    """What ``extend`` was given, in a form that can be read again for every block."""
-    if isinstance(model, (nn.Module, Mapping, Tensor)):
-        return model
-    if isinstance(model, Iterable):
-        return list(model)
-    raise TypeError(f"extend: expected a module, a mapping or an iterable of tensors, got {type(model).__name__}")
-
-
-def _named(model: Any) -> dict[str, Tensor]:
-    if isinstance(model, nn.Module):
-        return dict(model.named_parameters())
-    if isinstance(model, Tensor):
-        return {"0": model}
-    return dict(model) if isinstance(model, Mapping) else {str(i): tensor for i, tensor in enumerate(model)}
-
-
-def _trained(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the named tensors that require a gradient."""
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"extend: expected a tensor for {name!r}, got {type(tensor).__name__}")
-        if tensor.is_complex() and tensor.requires_grad:
-            raise CurvatureError(
-                f"extend: parameter {name!r} is complex ({tensor.dtype}); its curvature is not one number an entry. "
-                "Use a real parameter and torch.view_as_complex."
-            )
-    return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
-
-
-def _checked(quantities: Sequence[Any]) -> tuple[Quantity | WholeGraph, ...]:
-    fields: set[str] = set()
-    for quantity in quantities:
-        if not isinstance(quantity, (Quantity, WholeGraph)):
-            what = quantity.__name__ if isinstance(quantity, type) else repr(quantity)
-            hint = f"; write {what}()" if isinstance(quantity, type) else ""
-            raise TypeError(f"extend: expected quantities such as HesScale(), got {what}{hint}")
-        if quantity.savefield in fields:
-            raise ValueError(f"extend: two quantities would be saved as {quantity.savefield!r}")
-        fields.add(quantity.savefield)
-    return tuple(quantities)

@@ -32,6 +32,7 @@ class Rule:
     outputs: str = "first"  # or "all"
     coincident: bool = False  # right also when one tensor enters the operation twice
     linear: bool = False  # does not use g, unless one tensor enters twice
+    separable: bool = False  # each entry of y depends on one entry of x, so that the Hessian of ⟨g, y⟩ is diagonal
     doc: str = ""
     family: str = ""  # the file that registered it
 
@@ -49,6 +50,7 @@ def rule(
     outputs: str = "first",
     coincident: bool = False,
     linear: bool = False,
+    separable: bool = False,
 ) -> Callable[[F], F]:
     """Register the decorated function for autograd nodes, by name, or for ``autograd.Function`` classes.
 
@@ -62,6 +64,7 @@ def rule(
         outputs: ``"first"`` or ``"all"``.
         coincident: whether the rule is right when one tensor enters twice; else the default is used there.
         linear: promise that the rule does not use ``g`` unless one tensor enters twice; the operation needs no hook.
+        separable: promise that, of one input alone, the Hessian of ⟨g, y⟩ is diagonal, hence the second term of (2).
 
     Raises:
         ValueError: if one of the operations has a rule already.
@@ -74,7 +77,7 @@ def rule(
         for operation in operations:
             if (operation, wave) in RULES:
                 raise ValueError(f"{operation} already has a rule for the {wave} wave; use curvext.unregister first")
-            RULES[operation, wave] = Rule(function, how, outputs, coincident, linear, doc, family)
+            RULES[operation, wave] = Rule(function, how, outputs, coincident, linear, separable, doc, family)
         return function
 
     return register

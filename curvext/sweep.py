@@ -6,7 +6,7 @@ This is the only place with hooks and state. Rules hold maths only; quantities k
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .graph import Edge, Graph, Operation, nearest
-from .quantities.base import Quantity
+from .wave import Wave
 
 
 @dataclass
@@ -37,34 +37,32 @@ class Settings:
 
 
 class Sweep:
-    """Hooks on a graph that carry one wave per quantity down to the targets.
+    """Hooks on a graph that carry waves down to the targets.
 
-    Use as a context around the backward pass; then :attr:`results` holds, for every target below the roots, one wave
-    per quantity (``None``: zero). Operations that bend nothing need no gradient: they get no hook, and are passed as
-    soon as all their users have sent their waves. An error in a rule stops the sweep, not the backward pass: gradients
-    come out as without a sweep, :attr:`error` holds what went wrong, and :attr:`where` the operation and the target
-    nearest below.
+    Use as a context around the backward pass. As soon as a target has got all it will get, ``arrive`` is called with
+    its edge and one wave for each of ``waves`` (``None``: zero). Operations that bend nothing need no gradient: they
+    get no hook, and are passed as soon as all their users have sent their waves. An error in a rule stops the sweep,
+    not the backward pass: gradients come out as without a sweep, :attr:`error` holds what went wrong, and
+    :attr:`where` the operation and the target nearest below.
     """
 
     def __init__(
         self,
         graph: Graph,
         targets: Mapping[Edge, Any],
-        quantities: Sequence[Quantity],
+        waves: Sequence[Wave],
         settings: Settings,
+        arrive: Callable[[Edge, list[Any]], None],
         seeds: Mapping[Edge, list[Any]] | None = None,
-        earlier: dict[Edge, Any] | None = None,
     ):
         self.roots, self.operations = graph.roots, graph.operations(targets, settings)
-        self.targets, self.quantities, self.seeds = targets, quantities, dict(seeds or {})
-        # results of an earlier block: let go of one by one, so that the allocator reuses their memory while it is warm
-        self.earlier = earlier if earlier is not None else {}
+        self.targets, self.kinds, self.arrive, self.seeds = targets, waves, arrive, dict(seeds or {})
         self.waves: dict[Edge, list[Any]] = {}
-        self.results: dict[Edge, list[Any]] = {}
+        self.arrived: set[Edge] = set()
         self.handles: list[Any] = []
         self.unhooked: dict[Node, Operation] = {}  # they need no gradient
-        self.awaited: dict[Node, int] = {}  # uses of these that have not sent their waves yet
-        self.ready: list[Operation] = []  # those of them whose waves are complete
+        self.awaited: dict[Node, int] = {}  # uses, of these and of leaves, that have not sent their waves yet
+        self.ready: list[Operation] = []  # unhooked operations whose waves are complete
         self.task: int | None = None
         self.visiting = False
         self.thread = threading.get_ident()
@@ -73,7 +71,7 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         for op in self.operations:
-            if op.node in self.roots or any([quantity.needs_gradient(op) for quantity in self.quantities]):
+            if op.node in self.roots or any([wave.needs_gradient(op) for wave in self.kinds]):
                 self.handles.append(op.node.register_prehook(partial(self._prehook, op)))
             else:
                 self.unhooked[op.node] = op
@@ -82,11 +80,9 @@ class Sweep:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for handle in self.handles:
             handle.remove()
-        # a target whose own node did not run: not a leaf, and named by backward(inputs=...)
-        self.results.update({edge: waves for edge, waves in self.waves.items() if edge in self.targets})
-        if len(self.results) < len(self.targets):  # reached by linear operations alone
-            for edge in {edge for op in self.operations for edge in op.edges if edge in self.targets}:
-                self.results.setdefault(edge, [None] * len(self.quantities))
+        for edge in [edge for edge in self.waves if edge in self.targets]:
+            if self.error is None:  # its own node did not run: not a leaf, and named by backward(inputs=...)
+                self._finish(edge)
         for held in (self.handles, self.operations, self.unhooked, self.ready, self.waves, self.seeds):
             held.clear()
 
@@ -120,8 +116,9 @@ class Sweep:
         """Begin at a root; if a backward pass ran before ours (products of a quantity of another block), forget it."""
         self.task, self.error, self.ready = task, None, []
         self.waves = {edge: list(waves) for edge, waves in self.seeds.items()}
-        self.results = {}
+        self.arrived.clear()
         self.awaited = dict.fromkeys(self.unhooked, 0)
+        self.awaited.update([(node, 0) for node, _ in self.targets if not node.next_functions])
         for op in self.operations:
             for (node, _), needed in zip(op.edges, op.needs, strict=True):
                 if needed and node in self.awaited:
@@ -137,37 +134,41 @@ class Sweep:
     def visit(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
         """Consume the waves at the operation's outputs and pass them to its inputs."""
         self.at = op
+        if op.is_target:
+            for k in range(len(grads)):
+                if (op.node, k) in self.targets:
+                    self._finish((op.node, k), keep=True)
         incoming = [self.waves.pop((op.node, k), None) for k in range(len(grads))]
-        for q, quantity in enumerate(self.quantities):
+        for q, kind in enumerate(self.kinds):
             arrived = [None if waves is None else waves[q] for waves in incoming]
-            if op.is_target:
-                for k, wave in enumerate(arrived):
-                    if wave is not None and (op.node, k) in self.targets:
-                        self._add(self.results, (op.node, k), q, wave)
-            self._send(op, q, quantity.step(op, grads, arrived))
+            self._send(op, q, kind.step(op, grads, arrived))
         self._release(op)
 
     def _send(self, op: Operation, q: int, outgoing: Sequence[Any]) -> None:
+        kind = self.kinds[q]
         for i, wave in enumerate(outgoing):
             if wave is None or not op.needs[i]:
                 continue
-            edge, wave = op.edges[i], op.reduced(wave, i)
-            if edge[0].next_functions:
-                self._add(self.waves, edge, q, wave)
-            elif edge in self.targets:  # a leaf: nothing passes below it
-                self._add(self.results, edge, q, wave)
-                self.earlier.pop(edge, None)
+            edge, wave = op.edges[i], kind.reduced(op, wave, i)
+            waiting = self.waves.get(edge)
+            if waiting is None:
+                waiting = self.waves[edge] = [None] * len(self.kinds)
+            waiting[q] = wave if waiting[q] is None else kind.add(waiting[q], wave)
 
     def _release(self, op: Operation) -> None:
-        """What was sent may have been the last that an operation without a hook was waiting for."""
-        for node, _ in op.edges:
-            if node in self.awaited:
+        """What was sent may have been the last that a leaf, or an operation without a hook, was waiting for."""
+        for (node, k), needed in zip(op.edges, op.needs, strict=True):
+            if needed and node in self.awaited:
                 self.awaited[node] -= 1
-                if not self.awaited[node]:
+                if self.awaited[node]:
+                    continue
+                if node in self.unhooked:
                     self.ready.append(self.unhooked[node])
+                elif (node, k) in self.targets:
+                    self._finish((node, k))
 
-    def _add(self, waves: dict[Edge, list[Any]], edge: Edge, q: int, wave: Any) -> None:
-        waiting = waves.get(edge)
-        if waiting is None:
-            waiting = waves[edge] = [None] * len(self.quantities)
-        waiting[q] = wave if waiting[q] is None else self.quantities[q].add(waiting[q], wave)
+    def _finish(self, edge: Edge, keep: bool = False) -> None:
+        """Nothing more will reach this target."""
+        waves = self.waves.get(edge) if keep else self.waves.pop(edge, None)
+        self.arrived.add(edge)
+        self.arrive(edge, [None] * len(self.kinds) if waves is None else waves)

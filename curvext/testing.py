@@ -15,10 +15,11 @@ from torch import Tensor
 from . import registry
 from .diagonal import pass_diagonal
 from .errors import CurvatureError
-from .extend import Target, extend
+from .extend import extend
 from .graph import Graph, Operation, edge_of
 from .quantities import Quantity
 from .rules.default import default
+from .selection import Model
 from .sweep import Settings
 
 EXACT = 1 << 40
@@ -154,7 +155,7 @@ def _after(context: str) -> Callable[[str], str]:
 
 def check_quantity(
     quantity: Quantity,
-    model: Target,
+    model: Model,
     loss: Callable[[], Tensor],
     rtol: float = 1e-8,
     atol: float = 1e-10,

@@ -1,51 +1,99 @@
-"""What a quantity is: where its wave starts, how it passes an operation, what is kept at a target."""
+"""What a quantity is: the waves it asks for, and what it makes of them at a target.
+
+A *wave* says how something passes an operation on the way from the loss to the leaves; a *quantity* reads what arrives.
+Quantities that ask for equal waves share one. A quantity whose wave is its result is both: a :class:`Carried`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..graph import Operation
+from ..wave import Wave
 
 
-class _Saved(ABC):
-    """What both kinds of quantity share: a name, and how two contributions to one tensor are joined."""
+class Saved(ABC):
+    """Something that is left on a tensor as the attribute ``savefield``."""
 
     savefield: ClassVar[str]
 
     def add(self, a: Any, b: Any) -> Any:
-        """The wave of a tensor that is used twice, and of one block's several backward passes."""
+        """What several backward passes of one block give together: that of the sum of their losses."""
         return a + b
 
-    def zero(self, target: Tensor) -> Any:
-        """The result for a tensor in which the loss is linear, so that no wave reaches it."""
-        return torch.zeros_like(target, requires_grad=False)
+    def zero(self, target: Target) -> Any:
+        """For a tensor in which the loss is linear, so that no wave reaches it."""
+        return torch.zeros_like(target.tensor, requires_grad=False)
+
+    def result(self, held: Any, target: Target) -> Any:
+        """The attribute, from what was read and added up."""
+        return held
+
+    def attach(self, model: Any, held: Mapping[str, Any]) -> None:  # noqa: B027
+        """Leave on modules what belongs to several of their parameters; ``held`` is by parameter name."""
+
+    def only(self, *where: Any) -> Selected:
+        """This quantity for some tensors only: globs over names (``"fc*"``), module classes, or predicates."""
+        return Selected(self, where)
 
 
 @dataclass(frozen=True)
-class Quantity(_Saved):
-    """Something ``extend`` computes and leaves on parameters as the attribute ``savefield``.
+class Selected:
+    """A quantity with the places it is for."""
 
-    Every quantity starts at the loss with a zero wave (``None``). A concrete quantity says how the wave passes an
-    operation (:meth:`step`) and how two waves that meet are joined (:meth:`add`); it knows no operation by name.
+    quantity: Any
+    where: tuple[Any, ...]
+
+
+class Quantity(Saved):
+    """Something ``extend`` computes and leaves on parameters as the attribute ``savefield``; a frozen dataclass.
+
+    :attr:`waves` are asked for; :meth:`read` makes of what arrives at a target something that can be added up over
+    backward passes (:meth:`add`), and :meth:`result` makes the attribute of that.
     """
 
-    @abstractmethod
-    def step(self, op: Operation, g: Sequence[Tensor | None], wave: Sequence[Any]) -> Sequence[Any]:
-        """The waves at the operation's inputs, given gradients and waves at its outputs."""
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        """The waves to carry."""
+        raise NotImplementedError(f"{type(self).__name__} must say which waves it reads")
 
-    def needs_gradient(self, op: Operation) -> bool:
-        """Whether :meth:`step` uses the gradient here; operations where it does not need no hook."""
-        return True
+    @abstractmethod
+    def read(self, target: Target, *arrived: Any) -> Any:
+        """From the complete waves at a target (``None``: zero), one for each of :attr:`waves`."""
+
+
+@dataclass
+class Target:
+    """A tensor that results are left on: itself, its names, and, if a wave asked, where its samples are."""
+
+    tensor: Tensor
+    names: list[str]
+    n: int | None = None
+    axis: Any = None
 
 
 @dataclass(frozen=True)
-class WholeGraph(_Saved):
+class Carried(Wave, Quantity):
+    """A quantity that is the wave itself, in the parameter's shape."""
+
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (self,)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return a + b
+
+    def read(self, target: Target, *arrived: Any) -> Any:
+        return arrived[0]
+
+
+@dataclass(frozen=True)
+class WholeGraph(Saved):
     """A quantity computed from the whole graph by products, before the backward pass frees it."""
 
     @abstractmethod

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from ..diagonal import Waves, bends, pass_diagonal
 from ..graph import Operation
-from .base import Quantity
+from .base import Carried
 
 
 @dataclass(frozen=True)
-class HesScale(Quantity):
+class HesScale(Carried):
     """Hessian diagonal of the loss, estimated by a backward recursion that keeps only diagonals.
 
         h_x = (J∘J)ᵀ h_y + diag(Σₖ gₖ ∂²yₖ/∂x²)        operation by operation, from h = 0 at the loss
@@ -43,7 +43,7 @@ class HesScale(Quantity):
 
 
 @dataclass(frozen=True)
-class BL89(Quantity):
+class BL89(Carried):
     """The diagonal recursion of Becker & LeCun (1989): softmax counts as an elementwise function.
 
     The same recursion as :class:`HesScale` except at softmax and log-softmax, where only the true class keeps

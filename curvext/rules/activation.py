@@ -65,25 +65,25 @@ def prelu(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     return h_x, (x * xh if op.needs[1] else None)
 
 
-@rule("EluBackward0")
+@rule("EluBackward0", separable=True)
 def elu(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """φ'' = κ φ' where x < 0, κ the input scale: h_x = φ' (φ' h + κ g [x < 0])."""
     return _elu(op, g, h, op.self, op.input_scale)
 
 
-@rule("EluBackward1")
+@rule("EluBackward1", separable=True)
 def elu_(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """φ'' = κ φ' where x < 0, in place (y has the sign of x): h_x = φ' (φ' h + κ g [x < 0])."""
     return _elu(op, g, h, op.result, op.input_scale)
 
 
-@rule("CeluBackward0")
+@rule("CeluBackward0", separable=True)
 def celu(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """φ'' = φ'/α where x < 0: h_x = φ' (φ' h + g/α [x < 0])."""
     return _elu(op, g, h, op.self, 1 / op.alpha)
 
 
-@rule("CeluBackward1")
+@rule("CeluBackward1", separable=True)
 def celu_(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """φ'' = φ'/α where x < 0, in place (y has the sign of x): h_x = φ' (φ' h + g/α [x < 0])."""
     return _elu(op, g, h, op.result, 1 / op.alpha)
@@ -97,7 +97,7 @@ def _elu(op: Operation, g: Tensor | None, h: Tensor | None, x: Tensor, ratio: fl
     return op.vjp(torch.add(pulled, below, alpha=ratio))
 
 
-@rule("GeluBackward0")
+@rule("GeluBackward0", separable=True)
 def gelu(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = x Φ(x): φ'' = (2 - x²) exp(-x²/2) / √2π; by the chain rule for the tanh form."""
     x, form, pulled = op.self, op.approximate, None
@@ -122,7 +122,7 @@ def _tanh_gelu_bend(x: Tensor) -> Tensor:
     return (1 - t.square()) * (d1 + x * ((3 * a * c) * x - t * d1.square()))
 
 
-@rule("SiluBackward0")
+@rule("SiluBackward0", separable=True)
 def silu(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = x s, s = sigmoid x: φ'' = s (1-s) (2 + x - 2 x s)."""
     x, pulled = op.self, None
@@ -135,7 +135,7 @@ def silu(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     return bent(pulled, aten.sigmoid_backward(torch.addcmul(x + 2, x, s, value=-2), s), g)
 
 
-@rule("MishBackward0")
+@rule("MishBackward0", separable=True)
 def mish(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = x t, t = tanh softplus x, s = sigmoid x, d = s (1-t²): φ' = t + x d, φ'' = d (2 + x (1 - s - 2 t s))."""
     if g is None and h is None:
@@ -147,7 +147,7 @@ def mish(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     return pulled if g is None else bent(pulled, d * (2 + x * (1 - s * (1 + 2 * t))), g)
 
 
-@rule("HardswishBackward0")
+@rule("HardswishBackward0", separable=True)
 def hardswish(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """φ'' = 1/3 where |x| < 3: h_x = φ'² h + g/3 [|x| < 3]."""
     x = op.self

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm as grouped
 
 from ..graph import Operation
+from ..persample import Dense, Outer, PerSample
 from ..registry import rule
+from ..samples import Axis, front
 from .structure import pointwise_rule
 
 Waves = tuple[Tensor | None, ...] | None
@@ -198,3 +200,50 @@ def linear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
         rows = op.node._saved_input.square().reshape(-1, op.inputs[1].shape[1])  # type: ignore[attr-defined]
         w = h.reshape(-1, h.shape[-1]).mT @ rows
     return x, w, h
+
+
+@rule("MmBackward0", wave="factor")
+def mm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """S_A = S Bᵀ, S_B = Aᵀ S, of all columns in one product."""
+    return (s @ op.mat2.mT if wanted[0] else None), (op.self.mT @ s if wanted[1] else None)
+
+
+@rule("AddmmBackward0", wave="factor")
+def addmm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """S_C = β S, S_A = α S Bᵀ, S_B = α Aᵀ S."""
+    return (
+        _by(s, op.beta) if wanted[0] else None,
+        _by(s @ op.mat2.mT, op.alpha) if wanted[1] else None,
+        _by(op.mat1.mT @ s, op.alpha) if wanted[2] else None,
+    )
+
+
+def _by(s: Tensor, factor: float) -> Tensor:
+    return s if factor == 1 else s * factor
+
+
+@rule("MmBackward0", wave="shared")
+def mm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """The factor that the samples share gets Σ over a sample's rows (columns) of outer products."""
+    return _products(op, s, op.self, op.mat2, wanted, 0)
+
+
+@rule("AddmmBackward0", wave="shared")
+def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """As mm, scaled by α; the added vector gets Σ over a sample's rows."""
+    found = _products(op, _by(s, op.alpha), op.mat1, op.mat2, wanted[1:], 1)
+    if wanted[0] and op.axes_out[0].dim == 0 and list(op.inputs[0].shape) == list(op.outputs[0].shape[1:]):
+        found[0] = Dense(_by(front(s, op.axes_out[0], op.n_samples, 1).sum(2), op.beta))
+    return found
+
+
+def _products(op: Operation, s: Tensor, a: Any, b: Any, wanted: Sequence[bool], first: int) -> dict[int, PerSample]:
+    """y = A B: B gets a ⊗ s where the samples are rows of y, A gets s ⊗ b where they are columns."""
+    axis, n = op.axes_out[0], op.n_samples
+    if axis.dim == 0 and wanted[1]:
+        waves, x = front(s, axis, n, 1), front(a, axis, n)
+        return {first + 1: Outer(waves.unsqueeze(2), x.unsqueeze(1), tuple(op.inputs[first + 1].shape), flipped=True)}
+    if axis.dim == 1 and wanted[0]:
+        waves, x = front(s.mT, Axis(0, axis.inner), n, 1), front(b.mT, Axis(0, axis.inner), n)
+        return {first: Outer(waves.unsqueeze(2), x.unsqueeze(1), tuple(op.inputs[first].shape))}
+    return {}

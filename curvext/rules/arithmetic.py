@@ -78,7 +78,7 @@ def rsub_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | N
     return None if h is None else _times(h, op.alpha**2)
 
 
-@rule("MulBackward0", coincident=True, linear=True)
+@rule("MulBackward0", coincident=True, separable=True, linear=True)
 def mul(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | Waves | None:
     """y = a b: h_a = b² h, h_b = a² h; of x x: 4 x² h + 2 g."""
     if op.coincident:
@@ -97,7 +97,7 @@ def mul_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | No
     return None if h is None else h * op.other**2
 
 
-@rule("DivBackward0", coincident=True)
+@rule("DivBackward0", coincident=True, separable=True)
 def div(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | None:
     """y = a / b: h_a = h / b², h_b = y (y h + 2 g) / b²; nothing for x / x."""
     if op.coincident:
@@ -114,7 +114,7 @@ def _divisor(q: Tensor, c: Tensor, g: Tensor | None, h: Tensor | None) -> Tensor
     return q * (q * h if g is None else torch.add(q * h, g, alpha=2)) / c.square()
 
 
-@rule("DivBackward2", coincident=True)
+@rule("DivBackward2", coincident=True, separable=True)
 def div_rounded(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | None:
     """y = a / b, or rounded, hence without derivative."""
     return div(op, g, h) if op.rounding_mode is None else None
@@ -139,7 +139,7 @@ def _square(x: Tensor, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     return 4 * x.square() * h if g is None else torch.addcmul(2 * g, x.square(), h, value=4)
 
 
-@rule("PowBackward0")
+@rule("PowBackward0", separable=True)
 def pow_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = xⁿ: φ' = n xⁿ⁻¹, φ'' = n (n-1) xⁿ⁻²."""
     x, n = op.self, op.exponent
@@ -157,7 +157,7 @@ def pow_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | No
     return pulled if g is None or bend is None else bent(pulled, bend, g, n * (n - 1))
 
 
-@rule("PowBackward1", coincident=True)
+@rule("PowBackward1", coincident=True, separable=True)
 def pow_tensor(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = xⁿ: h_x as for a number n (0 where n = 0), h_n = λ y (λ y h + λ g), λ = log x."""
     if op.coincident:
@@ -179,7 +179,7 @@ def pow_tensor(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     return h_x, h_n
 
 
-@rule("PowBackward2")
+@rule("PowBackward2", separable=True)
 def number_pow(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = cˣ, λ = log c: h_x = λ² y (y h + g); nothing for 0ˣ."""
     if op.self == 0:
@@ -190,7 +190,7 @@ def number_pow(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | No
     return factor * y * (y * h if g is None else torch.addcmul(g, y, h))
 
 
-@rule("AddcmulBackward0", coincident=True, linear=True)
+@rule("AddcmulBackward0", coincident=True, separable=True, linear=True)
 def addcmul(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = a + v b c: h_a = h, h_b = v² c² h, h_c = v² b² h."""
     if op.coincident:
@@ -205,7 +205,7 @@ def addcmul(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     )
 
 
-@rule("AddcdivBackward0", coincident=True)
+@rule("AddcdivBackward0", coincident=True, separable=True)
 def addcdiv(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = a + q, q = v b / c: h_a = h, h_b = v² h / c², h_c = q (q h + 2 g) / c²."""
     if op.coincident:

@@ -14,7 +14,7 @@ from .structure import elementwise, relative
 LN2 = math.log(2)
 
 
-@rule("ExpBackward0")
+@rule("ExpBackward0", separable=True)
 def exp(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """φ' = φ'' = y: h_x = y (y h + g)."""
     y = op.result

@@ -39,7 +39,7 @@ def symmetric(name: str, d1: Callable[..., Tensor], d2: Callable[..., Tensor | f
             wave = bend if wave is None else wave + bend
         return wave, wave
 
-    rule(name)(symmetric_rule)
+    rule(name, separable=True)(symmetric_rule)
 
 
 symmetric("MseLossBackward0", d1=lambda op, d: 2 * d, d2=lambda op, d: 2.0)
@@ -55,7 +55,7 @@ symmetric(
 )
 
 
-@rule("SoftMarginLossBackward0")
+@rule("SoftMarginLossBackward0", separable=True)
 def soft_margin(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = c Σ log(1 + exp(-t x)), σ = sigmoid(-t x): s = -c t σ, φ'' = t² σ (1 - σ)."""
     t = op.target
@@ -64,7 +64,7 @@ def soft_margin(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | N
     return _waved(slope, slope * t * (1 - sigma), g, h)
 
 
-@rule("BinaryCrossEntropyBackward0")
+@rule("BinaryCrossEntropyBackward0", separable=True)
 def binary_cross_entropy(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = -c Σ w (t log x + (1-t) log(1-x)): s = c w (x-t) / (x (1-x)), φ'' = w (x² - 2xt + t) / (x (1-x))²."""
     x, t, c = op.self, op.target, _weighted(op)
@@ -75,7 +75,7 @@ def binary_cross_entropy(op: Operation, g: Tensor | None, h: Tensor | None) -> W
     return wave, h * (c * (torch.log1p(-x).clamp(min=-100) - x.log().clamp(min=-100))).square()
 
 
-@rule("BinaryCrossEntropyWithLogitsBackward0")
+@rule("BinaryCrossEntropyWithLogitsBackward0", separable=True)
 def binary_cross_entropy_with_logits(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = c Σ w ((1-t) x + l log(1 + e⁻ˣ)), l = 1 + (p-1) t: s = c w (1 - t - l σ), φ'' = w l σ (1-σ), σ = σ(-x)."""
     x, t, c = op.self, op.target, _weighted(op)

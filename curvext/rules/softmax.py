@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Operation
+from ..hessians import LossHessian, SoftmaxHessian, convex
 from ..registry import rule
 from .structure import bent
 
@@ -64,3 +65,10 @@ def log_softmax_elementwise(op: Operation, g: Tensor | None, h: Tensor | None) -
     if g is not None:
         inner = bent(inner, q, g, -1)
     return None if inner is None else rest * inner
+
+
+@rule("LogSoftmaxBackward0", wave="source")
+def log_softmax_hessian(op: Operation, g: Any) -> dict[int, LossHessian]:
+    """B = -(Σg) (diag p - p pᵀ)."""
+    w = -g[0].sum(op.dim, keepdim=True)
+    return {0: SoftmaxHessian(op.result.exp(), convex(w), op.dim)}

@@ -141,7 +141,7 @@ def elementwise(*names: str, d1: Derivative, d2: Derivative | None = None) -> No
         pulled = None if h is None else slope * slope * h
         return pulled if d2 is None or g is None else bent(pulled, d2(op, slope), g)
 
-    rule(*names, linear=d2 is None)(elementwise_rule)
+    rule(*names, linear=d2 is None, separable=True)(elementwise_rule)
 
 
 def relative(*names: str, ratio: Callable[[Operation], tuple[Tensor, float]]) -> None:
@@ -156,7 +156,7 @@ def relative(*names: str, ratio: Callable[[Operation], tuple[Tensor, float]]) ->
         rho, c = ratio(op)
         return op.vjp(bent(pulled, rho, g, c), *rest)
 
-    rule(*names)(relative_rule)
+    rule(*names, separable=True)(relative_rule)
 
 
 def bent(pulled: Tensor | None, bend: Tensor, g: Tensor, factor: float = 1) -> Tensor:

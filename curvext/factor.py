@@ -1,0 +1,212 @@
+"""The factor wave: columns S with Σᵥ Sᵥ Sᵥᵀ the loss's Hessian at the model's output, carried down by S_x = Jᵀ S_y.
+
+Three things happen to columns on their way. In a tensor that holds the samples they are ``[V, *shape]``, every entry
+belonging to its own sample. Where such a tensor was computed with one that the samples share (a weight), the columns
+of every sample part: they become a :class:`~curvext.persample.PerSample`, ``[V, N, *shape]``, and stay so down to the
+parameter. Columns that no sample owns (of a penalty on the weights) are :class:`Whole`, ``[K, *shape]``, throughout.
+
+The rules: ``"factor"`` gives Jᵀ S, by default ``torch.vmap`` of the node; ``"shared"`` parts the columns, by default by
+masking all samples but one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .errors import CurvatureError
+from .graph import Operation
+from .persample import Dense, PerSample
+from .rules.default import UNBATCHED, quiet_vmap
+from .samples import BATCH, Axis, front, masked
+
+Columns = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Columns ``[K, *shape]`` that belong to no sample."""
+
+    columns: Tensor
+
+    def __add__(self, other: Whole) -> Whole:
+        return Whole(self.columns + other.columns)
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """All columns of a diagonal matrix diag(h), which belong to no sample."""
+
+    h: Tensor
+
+    def __add__(self, other: Diagonal) -> Diagonal:
+        return Diagonal(self.h + other.h)
+
+    def through(self, op: Operation) -> dict[int, Any]:
+        """Copies leave it diagonal; else its columns are written out, if they are few."""
+        rule = registry.find(op, "diagonal")
+        if rule is not None and rule.family == "shape" and len(op.outputs) == 1 and op.name not in FOLDS:
+            return {
+                i: Diagonal(op.reduced(h, i)) for i, h in enumerate(op.vjp(self.h)) if h is not None and op.needs[i]
+            }
+        if self.h.numel() > WRITTEN:
+            raise CurvatureError(
+                f"a term of the loss that no sample owns has a Hessian with {self.h.numel()} columns here; leave it to "
+                "the optimizer (weight_decay), or write it directly in the parameters"
+            )
+        columns = torch.diag_embed(self.h.flatten().sqrt()).view(-1, *self.h.shape)
+        return across(op, [Whole(columns), *[None] * (len(op.outputs) - 1)])
+
+
+FOLDS = {"Col2ImBackward0"}  # copies that are added up
+WRITTEN = 1024
+
+
+def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Jᵀ S for every wanted input: ``[V, *shape]``, broadcast dimensions not summed yet.
+
+    Args:
+        s: columns at every output, ``None`` where zero.
+        wanted: by input.
+    """
+    if not any(wanted):
+        return [None] * len(op.edges)
+    rule = registry.find(op, "factor")
+    if rule is not None and not any(c is not None for c in s[1:]):
+        return list(rule.function(op, s[0], wanted))
+    given = [k for k, c in enumerate(s) if c is not None]
+    present: list[bool] = []
+
+    def products(*columns: Tensor) -> list[Tensor]:
+        full: list[Tensor | None] = [None] * len(s)
+        for k, c in zip(given, columns, strict=True):
+            full[k] = c
+        rows = op.vjp(*full)
+        present[:] = [want and row is not None for row, want in zip(rows, wanted, strict=True)]
+        return [row for row, here in zip(rows, present, strict=True) if here]
+
+    found = iter(_mapped(op, products, [c for c in s if c is not None]))
+    return [next(found) if here else None for here in present]
+
+
+def _mapped(op: Operation, products: Any, columns: list[Tensor]) -> list[Tensor]:
+    """One product for every column, together; node by node where PyTorch cannot."""
+    if op.kind not in UNBATCHED and not op.is_python:
+        try:
+            with quiet_vmap():
+                return list(torch.vmap(products)(*columns))
+        except (RuntimeError, NotImplementedError, ValueError):
+            pass
+    rows = [products(*column) for column in zip(*columns, strict=True)]
+    return [torch.stack(row) for row in zip(*rows, strict=True)]
+
+
+def reduced_columns(op: Operation, columns: Tensor, i: int) -> Tensor:
+    """Columns as they belong to input ``i``: broadcast dimensions summed, its dtype."""
+    meta = op.inputs[i]
+    if list(columns.shape[1:]) != list(meta.shape):
+        padded = [1] * (columns.dim() - 1 - len(meta.shape)) + list(meta.shape)
+        columns = columns.sum_to_size([len(columns), *padded]).reshape(len(columns), *meta.shape)
+    return columns if columns.dtype == meta.dtype else columns.to(meta.dtype)
+
+
+def across(op: Operation, values: Sequence[Any]) -> dict[int, Any]:
+    """What an operation's inputs get, by input, from columns of one source at its outputs."""
+    present = next(value for value in values if value is not None)
+    if isinstance(present, PerSample):
+        return _shared(op, values)
+    if isinstance(present, Diagonal):
+        return present.through(op)
+    wanted = [need and axis is not None for need, axis in zip(op.needs, op.axes_seen, strict=True)]
+    if isinstance(present, Whole):
+        passed = pass_columns(op, [None if v is None else v.columns for v in values], op.needs)
+        return {i: Whole(reduced_columns(op, c, i)) for i, c in enumerate(passed) if c is not None}
+    found: dict[int, Any] = {}
+    for i, columns in enumerate(pass_columns(op, values, wanted)):
+        if columns is not None:
+            columns = reduced_columns(op, columns, i)
+            # others may see the samples elsewhere in this tensor, so that it counts as shared
+            found[i] = columns if op.axes_in[i] is not None else Dense(masked(columns, op.axes_seen[i], op.n_samples))
+    parting = [need and not want for need, want in zip(op.needs, wanted, strict=True)]
+    if any(parting):
+        found.update(part(op, values, parting))
+    return found
+
+
+def part(op: Operation, s: Columns, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """What inputs that the samples share get from columns ``[V, *shape]`` of every sample's entries."""
+    rule = registry.find(op, "shared")
+    found: dict[int, PerSample] = {}
+    if rule is not None and not any(c is not None for c in s[1:]) and s[0] is not None:
+        found = dict(rule.function(op, s[0], wanted) or {})
+    rest = [want and i not in found for i, want in enumerate(wanted)]
+    return {**_parted(op, s, rest), **found} if any(rest) else found
+
+
+def _parted(op: Operation, s: Columns, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """The default: where an input was broadcast, its unsummed product tells the samples apart; else by masking."""
+    k = next(k for k, c in enumerate(s) if c is not None)
+    axis, n = op.axes_out[k], op.n_samples
+    found: dict[int, PerSample] = {}
+    rest = list(wanted)
+    if len(s) == 1 and _broadcasts(op):
+        for i, raw in enumerate(pass_columns(op, s, wanted)):
+            if raw is not None and raw.shape[1:] == s[k].shape[1:]:  # type: ignore[union-attr]
+                found[i], rest[i] = _summed(op, raw, axis, i, n), False
+    if any(rest):
+        v = len(s[k])  # type: ignore[arg-type]
+        full = [None if c is None else _flat(masked(c, op.axes_out[j], n)) for j, c in enumerate(s)]
+        for i, columns in enumerate(pass_columns(op, full, rest)):
+            if columns is not None:
+                found[i] = Dense(reduced_columns(op, columns, i).unflatten(0, (v, n)))
+    return found
+
+
+def _flat(columns: Tensor) -> Tensor:
+    return columns.flatten(0, 1)
+
+
+def _broadcasts(op: Operation) -> bool:
+    """Whether outputs and inputs go entry by entry: a product in the output's shape is one that was not summed yet."""
+    rule = registry.find(op, "samples")
+    return rule is not None and rule.function.__name__ == "aligned" and op.name != "ExpandBackward0"
+
+
+def _summed(op: Operation, raw: Tensor, axis: Axis, i: int, n: int) -> Dense:
+    """Products of the output's shape, summed over what was broadcast, but not over samples."""
+    if raw.dtype != op.inputs[i].dtype:
+        raw = raw.to(op.inputs[i].dtype)
+    shape = list(op.inputs[i].shape)
+    padded = [1] * (raw.dim() - 1 - len(shape)) + shape
+    split = front(raw, axis, n, 1)  # [V, N, *output's shape, the axis without its samples]
+    return Dense(split.sum_to_size([*split.shape[:2], *padded]).reshape(*split.shape[:2], *shape))
+
+
+def _shared(op: Operation, values: Sequence[PerSample | None]) -> dict[int, PerSample]:
+    """Between shared tensors: the same operation for every column of every sample."""
+    if len(values) == 1 and len(op.edges) == 1:
+        (value,) = values
+        assert value is not None
+
+        def apply(columns: Tensor) -> Tensor:
+            (found,) = pass_columns(op, [columns], (True,))
+            assert found is not None
+            return reduced_columns(op, found, 0)
+
+        return {0: value.through(op, apply)}
+    size = next(value.size for value in values if value is not None)
+    flat = [None if value is None else _flat(value.dense()) for value in values]
+    passed = pass_columns(op, flat, op.needs)
+    return {i: Dense(reduced_columns(op, c, i).unflatten(0, size)) for i, c in enumerate(passed) if c is not None}
+
+
+def at_target(value: Any, axis: Any, n: int | None) -> Any:
+    """What arrived at a target as it is read: columns of a tensor that holds the samples are masked."""
+    if isinstance(value, Tensor):
+        return Dense(masked(value, BATCH if axis is None else axis, n or 1))
+    return value

@@ -1,0 +1,143 @@
+"""The Hessian B of a loss in the model's outputs, as the factors that the factor wave starts with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from .errors import CurvatureError
+from .samples import BATCH, Axis, back, front
+
+TOLERANCE = 1e-4  # negative eigenvalues below this times the largest one are rounding
+
+
+class LossHessian(ABC):
+    """B at one tensor that holds the samples, as factors ``[V, *shape]`` with Σᵥ Sᵥ Sᵥᵀ = B_n within each sample."""
+
+    @abstractmethod
+    def columns(self, axis: Axis, n: int) -> Tensor:
+        """An exact factor: one column for every entry of a sample, ``[V, *shape]``."""
+
+    def fewest(self, axis: Axis, n: int) -> Tensor:
+        """An exact factor of as few columns as are known to do."""
+        return self.columns(axis, n)
+
+    @abstractmethod
+    def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
+        """Random factors: E Σₘ Sₘ Sₘᵀ = B, ``[M, *shape]``."""
+
+
+def entries(shape: Sequence[int], axis: Axis, n: int, device: Any, without: int | None = None) -> tuple[Tensor, int]:
+    """The number of every entry within its sample, ``[*shape]``, and how many there are; ``without`` one dimension."""
+    kept = [1 if dim == without else size for dim, size in enumerate(shape)]
+    split = front(torch.empty(kept, device="meta"), axis, n).shape[1:]
+    numbers = torch.arange(prod(split), device=device).view(1, *split).expand(1 if axis is BATCH else n, *split)
+    return back(numbers, axis, kept, n), prod(split)
+
+
+@dataclass
+class DiagonalHessian(LossHessian):
+    """B = diag(b)."""
+
+    b: Tensor
+
+    def columns(self, axis: Axis, n: int) -> Tensor:
+        number, size = entries(self.b.shape, axis, n, self.b.device)
+        every = torch.arange(size, device=self.b.device).view(-1, *[1] * self.b.dim())
+        return torch.where(number == every, self.b.sqrt(), self.b.new_zeros(()))
+
+    def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
+        root = self.b.div(m).sqrt().expand(m, *self.b.shape)
+        return root * settings.signs(root)
+
+
+@dataclass
+class SoftmaxHessian(LossHessian):
+    """B = w (diag p - p pᵀ) along a dimension, p = softmax; w in the shape of p with that dimension 1."""
+
+    p: Tensor
+    w: Tensor
+    dim: int
+
+    def columns(self, axis: Axis, n: int) -> Tensor:
+        """S_c = √(w p_c) (e_c - p)."""
+        root = (self.w * self.p).sqrt().movedim(self.dim, -1)
+        p = self.p.movedim(self.dim, -1)
+        return self._spread(torch.diag_embed(root) - p.unsqueeze(-1) * root.unsqueeze(-2), axis, n)
+
+    def fewest(self, axis: Axis, n: int) -> Tensor:
+        """The Cholesky factor, which has C - 1 columns: with q_c = Σ_{i>c} p_i,
+
+            S_c = √(w p_c q_c / q_{c-1}) (e_c - Σ_{i>c} p_i e_i / q_c).
+
+        Source: Tanabe & Sagae, An exact Cholesky decomposition of the covariance of the multinomial, 1992.
+        """
+        p = self.p.movedim(self.dim, -1)
+        if p.shape[-1] == 1:
+            return self.columns(axis, n)
+        tail = p.flip(-1).cumsum(-1).flip(-1)  # q_{c-1}
+        above, q = tail[..., :-1], tail[..., 1:]
+        tiny = torch.finfo(p.dtype).tiny
+        root = (self.w.movedim(self.dim, -1) * p[..., :-1] * q / above.clamp(min=tiny)).sqrt()
+        below = -(p.unsqueeze(-1) * (root / q.clamp(min=tiny)).unsqueeze(-2)).tril(-1)
+        return self._spread(torch.diagonal_scatter(below, root, dim1=-2, dim2=-1), axis, n)
+
+    def _spread(self, factor: Tensor, axis: Axis, n: int) -> Tensor:
+        """``[*, C, V]`` as ``[V, *shape]``, or ``[V·T, *shape]`` for T positions in a sample, which are independent."""
+        columns = factor.movedim(-1, 0).movedim(-1, 1 + self.dim % self.p.dim())
+        number, positions = entries(self.p.shape, axis, n, self.p.device, self.dim % self.p.dim())
+        if positions == 1:
+            return columns
+        every = torch.arange(positions, device=self.p.device).view(-1, *[1] * self.p.dim())
+        return torch.where(number == every, columns.unsqueeze(1), columns.new_zeros(())).flatten(0, 1)
+
+    def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
+        """√w (√p ∘ ε - p Σ √p ε)."""
+        root = self.p.div(m).sqrt().expand(m, *self.p.shape)
+        root = root * settings.signs(root)
+        dim = self.dim % self.p.dim() + 1
+        return self.w.sqrt() * (root - self.p * root.sum(dim, keepdim=True))
+
+
+@dataclass
+class DenseHessian(LossHessian):
+    """B_n = Σᵥ Sᵥ Sᵥᵀ, from its eigenvectors: ``factor [V, *shape]``."""
+
+    factor: Tensor
+
+    def columns(self, axis: Axis, n: int) -> Tensor:
+        return self.factor
+
+    def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
+        split = front(self.factor, axis, n, 1)
+        signs = settings.signs(split.new_empty(m, *split.shape[:2]))
+        drawn = torch.einsum("vn...,mvn->mn...", split, signs) / m**0.5
+        return back(drawn, axis, self.factor.shape[1:], n, 1)
+
+
+def tracing() -> bool:
+    """Whether values cannot be looked at."""
+    return get_proxy_mode() is not None
+
+
+def convex(b: Tensor) -> Tensor:
+    """``b``, if it has no negative entries beyond rounding."""
+    if not tracing() and b.numel() and bool(b.min() < -TOLERANCE * b.max().clamp(min=0)):
+        raise not_convex()
+    return b.clamp(min=0)
+
+
+def not_convex() -> CurvatureError:
+    """What is raised where B has negative eigenvalues."""
+    return CurvatureError(
+        "the Gauss-Newton matrix splits the loss at its topmost nonlinear operation, which is this one, and the loss "
+        "is not convex there, so its Hessian has no real factor. If the loss is convex in the model's output z, mark "
+        "that: z = curvext.output(model(x)). HesScale, DiagHessian and HMP need no convexity"
+    )

@@ -1,0 +1,218 @@
+"""What reaches a tensor that all samples share, kept apart by column v and sample n, in a form made for what is asked.
+
+A :class:`PerSample` stands for a tensor ``[V, N, *shape]``: for a parameter, V columns of every sample's factor
+``J_nᵀ S_n`` (with V = 1 and S = g, every sample's gradient). :class:`Dense` holds it. :class:`Outer` holds what the
+weight of a linear map gets, a sum over positions t of outer products of the wave s and the map's input x,
+
+    [v, n] = Σ_t s[v, n, t] ⊗ x[n, t],
+
+from which norms, squares, inner products and Kronecker factors are had without ever forming it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18  # entries that are computed together, so that they stay in a CPU's cache
+BLOCK_GPU = 1 << 26
+
+
+class PerSample(ABC):
+    """``[V, N, *shape]`` in some form."""
+
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """V and N."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """All of it: ``[V, N, *shape]``."""
+
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """Σ_v Σ_n [v, n]²: ``[*shape]``."""
+
+    @abstractmethod
+    def sample_squares(self) -> Tensor:
+        """Σ_v [v, n]²: ``[N, *shape]``."""
+
+    @abstractmethod
+    def sums(self) -> Tensor:
+        """Σ_n [v, n]: ``[V, *shape]``."""
+
+    @abstractmethod
+    def norms(self) -> Tensor:
+        """Σ of squares over the tensor: ``[V, N]``."""
+
+    @abstractmethod
+    def select(self, samples: Sequence[int]) -> PerSample:
+        """These samples alone."""
+
+    @abstractmethod
+    def through(self, op: Any, apply: Callable[[Tensor], Tensor]) -> PerSample:
+        """The same for the input of an operation between shared tensors; ``apply`` is its Jᵀ, batched."""
+
+    def gram(self) -> Tensor:
+        """Inner products ``[V, N, V, N]``."""
+        v, n = self.size
+        rows = self.dense().reshape(v * n, -1)
+        return (rows @ rows.mT).view(v, n, v, n)
+
+    def block(self) -> Tensor:
+        """Σ_v Σ_n [v, n] [v, n]ᵀ: ``[P, P]``, rows and columns in the order of the flattened tensor."""
+        rows = self.dense().flatten(2).flatten(0, 1)
+        return rows.mT @ rows
+
+    def plus(self, other: PerSample) -> PerSample:
+        """Their sum: one tensor used in two places."""
+        return Dense(self.dense() + other.dense())
+
+
+@dataclass(frozen=True)
+class Dense(PerSample):
+    """``values [V, N, *shape]``."""
+
+    values: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[2:])
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def squares(self) -> Tensor:
+        flat = self.values.flatten(0, 1)
+        return torch.linalg.vecdot(flat, flat, dim=0) if len(flat) > 1 else flat[0] ** 2
+
+    def sample_squares(self) -> Tensor:
+        return self.values.square().sum(0)
+
+    def sums(self) -> Tensor:
+        return self.values.sum(1)
+
+    def norms(self) -> Tensor:
+        return self.values.flatten(2).square().sum(2)
+
+    def select(self, samples: Sequence[int]) -> Dense:
+        return Dense(self.values[:, list(samples)])
+
+    def through(self, op: Any, apply: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(apply(self.values.flatten(0, 1)).unflatten(0, self.size))
+
+
+VIEWS = {"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "AliasBackward0", "UnsqueezeBackward0"}
+TRANSPOSES = {"TBackward0"}
+
+
+@dataclass(frozen=True)
+class Outer(PerSample):
+    """Σ_t s ⊗ x, seen as a tensor of ``shape``.
+
+    Args:
+        s: the wave at the output of the linear map, ``[V, N, G, T, O]``: G groups, T positions, O features each.
+        x: the input of the map, ``[N, G, T, I]``.
+        shape: of the tensor; its entries are those of ``[G·O, I]`` in order, or of ``[I, O]`` if ``flipped``.
+        flipped: whether the input's features come first.
+    """
+
+    s: Tensor
+    x: Tensor
+    shape: tuple[int, ...]
+    flipped: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.s.shape[0], self.s.shape[1]
+
+    @property
+    def positions(self) -> int:
+        return self.s.shape[3]
+
+    def _laid(self, matrix: Tensor) -> Tensor:
+        """``[*, G, O, I]`` as ``[*, *shape]``."""
+        if self.flipped:
+            matrix = matrix.mT
+        return matrix.reshape(*matrix.shape[:-3], *self.shape)
+
+    def dense(self) -> Tensor:
+        if self.positions == 1:
+            return self._laid(self.s.mT * self.x)
+        return self._laid(self.s.mT @ self.x)
+
+    def sums(self) -> Tensor:
+        s = self.s.permute(0, 2, 4, 1, 3).flatten(3)  # V G O NT
+        return self._laid(s @ self.x.transpose(0, 1).flatten(1, 2))
+
+    def squares(self) -> Tensor:
+        if self.positions == 1:
+            s = torch.linalg.vecdot(self.s, self.s, dim=0) if len(self.s) > 1 else self.s[0].square()
+            return self._laid(s.squeeze(2).permute(1, 2, 0) @ self.x.squeeze(2).square().transpose(0, 1))
+        total = sum(block.square_().sum((0, 2)) for block in self._blocks())
+        return self._laid(total)  # type: ignore[arg-type]
+
+    def sample_squares(self) -> Tensor:
+        if self.positions == 1:
+            return self._laid(self.s.square().sum(0).mT * self.x.square())
+        return self._laid(torch.cat([block.square_().sum(2) for block in self._blocks()]))
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """``[N', G, V, O, I]`` for a few samples at a time: one product of matrices a sample and group."""
+        v, n, groups, t, o = self.s.shape
+        most = BLOCK if self.s.device.type == "cpu" else BLOCK_GPU
+        step = max(1, most // (v * groups * o * self.x.shape[-1]))
+        for start in range(0, n, step):
+            s = self.s[:, start : start + step].permute(1, 2, 0, 4, 3).reshape(-1, groups, v * o, t)
+            yield (s @ self.x[start : start + step]).unflatten(2, (v, o))
+
+    def norms(self) -> Tensor:
+        t, o, i = self.positions, self.s.shape[-1], self.x.shape[-1]
+        if t == 1:
+            return (self.s.square().sum(4) * self.x.square().sum(3)).sum((2, 3))
+        if t * (o + i) < o * i:  # inner products of positions, against the tensor itself
+            return torch.einsum("vngts,ngts->vn", self.s @ self.s.mT, self.x @ self.x.mT)
+        return torch.cat([block.square_().sum((1, 3, 4)) for block in self._blocks()]).mT
+
+    def gram(self) -> Tensor:
+        v, n, groups, t, _ = self.s.shape
+        if groups > 1 or t > 1:
+            return super().gram()
+        s, x = self.s.flatten(0, 1).flatten(1), self.x.flatten(1)
+        return (s @ s.mT).view(v, n, v, n) * (x @ x.mT).unsqueeze(1)
+
+    def select(self, samples: Sequence[int]) -> Outer:
+        return replace(self, s=self.s[:, list(samples)], x=self.x[list(samples)])
+
+    def plus(self, other: PerSample) -> PerSample:
+        if not self._alike(other):
+            return super().plus(other)
+        assert isinstance(other, Outer)
+        return replace(self, s=torch.cat([self.s, other.s], 3), x=torch.cat([self.x, other.x], 2))
+
+    def _alike(self, other: PerSample) -> bool:
+        return (
+            isinstance(other, Outer)
+            and (self.shape, self.flipped, self.size) == (other.shape, other.flipped, other.size)
+            and (self.s.shape[2], self.s.shape[4]) == (other.s.shape[2], other.s.shape[4])
+        )
+
+    def through(self, op: Any, apply: Callable[[Tensor], Tensor]) -> PerSample:
+        shape = tuple(op.inputs[0].shape)
+        if op.name in VIEWS and prod(shape) == prod(self.shape):
+            return replace(self, shape=shape)
+        matrix = (self.s.shape[4], self.x.shape[3])[:: -1 if self.flipped else 1]
+        if op.name in TRANSPOSES and self.s.shape[2] == 1 and self.shape == matrix:
+            return replace(self, shape=shape, flipped=not self.flipped)
+        return Dense(self.dense()).through(op, apply)

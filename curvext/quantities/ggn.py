@@ -1,0 +1,165 @@
+"""Gauss-Newton quantities, G = Jᵀ B J: readings of the factor wave at every parameter.
+
+B is the Hessian of the loss at its topmost nonlinear operation (:mod:`curvext.sources`), with the reduction's 1/N in
+it, so G has the loss's scaling. ``Exact``: from a factor of B. ``MC``: from ``mc_samples`` random ones, E = G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..wave import Wave
+from .base import Quantity, Target
+from .waves import Arrived, Factor, arrived
+
+
+@dataclass(frozen=True)
+class _FactorReading(Quantity):
+    """A function of the factor wave."""
+
+    def read(self, target: Target, *waves: Any) -> Any:
+        found = arrived(waves[0], target)
+        return self.of(found, target) if waves[0] else None
+
+    def of(self, found: Arrived, target: Target) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Exact:
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (Factor("fewest"),)
+
+
+@dataclass(frozen=True)
+class _MonteCarlo:
+    mc_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mc_samples < 1:
+            raise ValueError(f"{type(self).__name__}: mc_samples must be >= 1, got {self.mc_samples}")
+
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (Factor("draws", self.mc_samples),)
+
+
+class _Diagonal(_FactorReading):
+    def of(self, found: Arrived, target: Target) -> Tensor:
+        terms = [p.squares() for p in found.samples]
+        terms += [w.columns.square().sum(0) for w in found.whole] + [d.h for d in found.diagonal]
+        return sum(terms[1:], start=terms[0])
+
+
+@dataclass(frozen=True)
+class DiagGGNExact(_Exact, _Diagonal):
+    """Diagonal of the Gauss-Newton matrix, ``P``: Σ_n Σᵥ (J_nᵀ S_nv)²."""
+
+    savefield = "diag_ggn_exact"
+
+
+@dataclass(frozen=True)
+class DiagGGNMC(_MonteCarlo, _Diagonal):
+    """The same by ``mc_samples`` random columns a sample, ``P``; its expectation is the exact one."""
+
+    savefield = "diag_ggn_mc"
+
+
+class _BatchDiagonal(_FactorReading):
+    def of(self, found: Arrived, target: Target) -> Tensor:
+        samples = found.owned(type(self).__name__)
+        assert samples is not None
+        return samples.sample_squares()
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b])
+
+    def zero(self, target: Target) -> Tensor:
+        return torch.zeros(target.n or 0, *target.tensor.shape, dtype=target.tensor.dtype, device=target.tensor.device)
+
+
+@dataclass(frozen=True)
+class BatchDiagGGNExact(_Exact, _BatchDiagonal):
+    """Every sample's part of the diagonal, ``[N, *P]``; their sum is that of :class:`DiagGGNExact`."""
+
+    savefield = "diag_ggn_exact_batch"
+
+
+@dataclass(frozen=True)
+class BatchDiagGGNMC(_MonteCarlo, _BatchDiagonal):
+    """Every sample's part of :class:`DiagGGNMC`, ``[N, *P]``."""
+
+    savefield = "diag_ggn_mc_batch"
+
+
+class _Root(_FactorReading):
+    subsampling: Sequence[int] | None = None
+
+    def of(self, found: Arrived, target: Target) -> Tensor:
+        samples = found.owned(type(self).__name__)
+        assert samples is not None
+        return (samples if self.subsampling is None else samples.select(self.subsampling)).dense()
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b], 1)
+
+    def zero(self, target: Target) -> Tensor:
+        n = target.n or 0 if self.subsampling is None else len(self.subsampling)
+        return torch.zeros(0, n, *target.tensor.shape, dtype=target.tensor.dtype, device=target.tensor.device)
+
+
+@dataclass(frozen=True)
+class SqrtGGNExact(_Root):
+    """Columns J_nᵀ S_nv of the symmetric factor of B, ``[C, N, *P]``: Σ_c Σ_n of outer products is G.
+
+    C counts all outputs of a sample: classes times positions.
+
+    Args:
+        subsampling: the samples to keep, by index; all by default.
+    """
+
+    subsampling: Sequence[int] | None = None
+    savefield = "sqrt_ggn_exact"
+
+    def __post_init__(self) -> None:
+        if self.subsampling is not None:
+            object.__setattr__(self, "subsampling", tuple(self.subsampling))
+
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (Factor("columns"),)
+
+
+@dataclass(frozen=True)
+class SqrtGGNMC(_MonteCarlo, _Root):
+    """Random columns, ``[M, N, *P]``, M = ``mc_samples``."""
+
+    subsampling: Sequence[int] | None = None
+    savefield = "sqrt_ggn_mc"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.subsampling is not None:
+            object.__setattr__(self, "subsampling", tuple(self.subsampling))
+
+
+@dataclass(frozen=True)
+class GGNBlock(_Exact, _FactorReading):
+    """The parameter's whole block of the Gauss-Newton matrix, ``[P, P]``, P its number of entries."""
+
+    savefield = "ggn_block"
+
+    def of(self, found: Arrived, target: Target) -> Tensor:
+        terms = [p.block() for p in found.samples]
+        terms += [w.columns.flatten(1).mT @ w.columns.flatten(1) for w in found.whole]
+        terms += [torch.diag(d.h.flatten()) for d in found.diagonal]
+        return sum(terms[1:], start=terms[0])
+
+    def zero(self, target: Target) -> Tensor:
+        return target.tensor.new_zeros(target.tensor.numel(), target.tensor.numel())

@@ -1,0 +1,127 @@
+"""First-order quantities: every sample's gradient, and what is had from it without storing it.
+
+With the loss a sum over samples, L = Σ_n ℓ_n, the gradient of sample n is g_n = ∂ℓ_n/∂p. A mean over samples is a sum
+of ℓ_n that have the 1/N in them, and so do these quantities, as ``p.grad`` and as BackPACK's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..persample import PerSample
+from ..wave import Wave
+from .base import Quantity, Target
+from .waves import SampleGradients, owned
+
+
+@dataclass(frozen=True)
+class _FirstOrder(Quantity):
+    """A function of every sample's gradient of a parameter."""
+
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (SampleGradients(),)
+
+    def read(self, target: Target, *arrived: Any) -> Any:
+        gradients = owned(arrived[0], type(self).__name__)
+        return None if gradients is None else self.of(gradients)
+
+    def of(self, gradients: PerSample) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BatchGrad(_FirstOrder):
+    """Every sample's gradient, ``[N, *P]``: ``grad_batch[n]`` = ∂ℓ_n/∂p, and their sum is ``p.grad``.
+
+    Several backward passes in one block are joined along N.
+
+    Args:
+        subsampling: the samples to keep, by index; all by default.
+    """
+
+    subsampling: Sequence[int] | None = None
+    savefield = "grad_batch"
+
+    def __post_init__(self) -> None:
+        if self.subsampling is not None:
+            object.__setattr__(self, "subsampling", tuple(self.subsampling))
+
+    def of(self, gradients: PerSample) -> Tensor:
+        kept = gradients if self.subsampling is None else gradients.select(self.subsampling)
+        return kept.dense()[0]
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b])
+
+    def zero(self, target: Target) -> Tensor:
+        n = target.n or 0 if self.subsampling is None else len(self.subsampling)
+        return torch.zeros(n, *target.tensor.shape, dtype=target.tensor.dtype, device=target.tensor.device)
+
+
+@dataclass(frozen=True)
+class BatchL2Grad(_FirstOrder):
+    """Squared norm of every sample's gradient of this parameter, ``[N]``; the gradients are not formed."""
+
+    savefield = "batch_l2"
+
+    def of(self, gradients: PerSample) -> Tensor:
+        return gradients.norms()[0]
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b])
+
+    def zero(self, target: Target) -> Tensor:
+        return target.tensor.new_zeros(target.n or 0)
+
+
+@dataclass(frozen=True)
+class SumGradSquared(_FirstOrder):
+    """Σ_n g_n², entry by entry, ``P``: the diagonal of the empirical Fisher matrix, up to scaling."""
+
+    savefield = "sum_grad_squared"
+
+    def of(self, gradients: PerSample) -> Tensor:
+        return gradients.squares()
+
+
+@dataclass(frozen=True)
+class Variance(_FirstOrder):
+    """Variance of the samples' gradients, entry by entry, ``P``: 1/N Σ_n g_n² - (1/N Σ_n g_n)²."""
+
+    savefield = "variance"
+
+    def of(self, gradients: PerSample) -> tuple[int, Tensor, Tensor]:
+        return gradients.size[1], gradients.sums()[0], gradients.squares()
+
+    def add(self, a: Any, b: Any) -> Any:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    def zero(self, target: Target) -> Any:
+        none = torch.zeros_like(target.tensor, requires_grad=False)
+        return target.n or 1, none, none
+
+    def result(self, held: Any, target: Target) -> Tensor:
+        n, total, squares = held
+        return torch.addcmul(squares / n, total, total, value=-1 / n**2)
+
+
+@dataclass(frozen=True)
+class BatchDotGrad(_FirstOrder):
+    """Inner products of the samples' gradients of this parameter, ``[N, N]``; of one backward pass."""
+
+    savefield = "batch_dot"
+
+    def of(self, gradients: PerSample) -> Tensor:
+        return gradients.gram()[0, :, 0]
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        raise RuntimeError("BatchDotGrad: products between the samples of two backward passes are not kept; use one")
+
+    def zero(self, target: Target) -> Tensor:
+        return target.tensor.new_zeros(target.n or 0, target.n or 0)

@@ -1,0 +1,183 @@
+"""The waves that quantities read besides the diagonal one: every sample's gradient, and the factor wave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from ..factor import Diagonal, Whole, across, at_target, part, pass_columns, reduced_columns
+from ..graph import Operation
+from ..hessians import DiagonalHessian, LossHessian
+from ..persample import Dense, PerSample
+from ..samples import BATCH, Axis, masked
+from ..sources import loss_hessian, may_start
+from ..wave import Wave
+from .base import Target
+
+Waves = Sequence[Any]
+
+
+class _Unowned:
+    """The gradient of a term of the loss that no sample owns, such as a penalty on weights."""
+
+
+@dataclass(frozen=True)
+class SampleGradients(Wave):
+    """Every sample's gradient of a tensor that the samples share: a :class:`PerSample` of one column."""
+
+    by_sample = True
+
+    def needs_gradient(self, op: Operation) -> bool:
+        return any(
+            need and (axis is None or end) for need, axis, end in zip(op.needs, op.axes_seen, op.ends, strict=True)
+        )
+
+    def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
+        found: list[Any] = [None] * len(op.edges)
+        if any(isinstance(w, PerSample) for w in wave):
+            for i, value in across(op, wave).items():
+                found[i] = value
+            return found
+        if any(isinstance(w, _Unowned) for w in wave) or (op.summed and any(v is not None for v in g)):
+            return [_Unowned() if need and axis is None else None for need, axis in self._places(op)]
+        columns = [
+            None if v is None or axis is None else v.detach().unsqueeze(0)
+            for v, axis in zip(g, op.axes_out, strict=True)
+        ]
+        if not any(c is not None for c in columns):
+            return found
+        parting = [need and axis is None for need, axis in self._places(op)]
+        if any(parting):
+            for i, value in part(op, columns, parting).items():
+                found[i] = value
+        ends = [end and axis is not None for end, axis in zip(op.ends, op.axes_seen, strict=True)]
+        for i, c in enumerate(pass_columns(op, columns, ends)):
+            if c is not None:
+                found[i] = Dense(masked(reduced_columns(op, c, i), op.axes_seen[i], op.n_samples))
+        return found
+
+    @staticmethod
+    def _places(op: Operation) -> list[tuple[bool, Any]]:
+        return list(zip(op.needs, op.axes_seen, strict=True))
+
+    def add(self, a: Any, b: Any) -> Any:
+        if isinstance(a, _Unowned) or isinstance(b, _Unowned):
+            return _Unowned()
+        return a.plus(b)
+
+    def reduced(self, op: Operation, wave: Any, i: int) -> Any:
+        return wave
+
+
+def owned(value: Any, what: str) -> PerSample | None:
+    """Every sample's gradient, if there is no other part of it.
+
+    Raises:
+        CurvatureError: if a term of the loss reached the parameter past the samples.
+    """
+    if isinstance(value, _Unowned):
+        raise CurvatureError(
+            f"{what}: a term of the loss reaches this parameter without passing a sample (a penalty on the weights?), "
+            "so the gradient is not a sum over samples. Leave the term to the optimizer (weight_decay), or call "
+            "backward() on it outside the block"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Factor(Wave):
+    """The factor wave; see :mod:`curvext.factor`. Values are dicts by source, as columns of two sources are not added.
+
+    Args:
+        kind: ``"fewest"`` columns or ``"columns"``, one for every output, both exact; ``"draws"``: random ones;
+            ``"identity"``: the Jacobian's.
+        draws: how many, if random.
+    """
+
+    kind: str = "fewest"
+    draws: int = 1
+    by_sample = True
+
+    def needs_gradient(self, op: Operation) -> bool:
+        return may_start(op)
+
+    def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
+        found: list[Any] = [None] * len(op.edges)
+        sources = {source: None for values in wave if values for source in values}
+        if not sources:
+            for i, value in self._start(op, g).items():
+                found[i] = {op.node: value}
+        for source in sources:
+            for i, value in across(op, [None if values is None else values.get(source) for values in wave]).items():
+                found[i] = {**(found[i] or {}), source: value}
+        return found
+
+    def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
+        return {i: self._columns(op, i, hessian) for i, hessian in loss_hessian(op, g).items()}
+
+    def _columns(self, op: Operation, i: int, hessian: LossHessian) -> Any:
+        axis = op.axes_in[i]
+        if axis is not None:
+            return self._of(hessian, op, axis, op.n_samples)
+        if isinstance(hessian, DiagonalHessian):
+            return Diagonal(hessian.b)
+        return Whole(self._of(hessian, op, BATCH, 1))
+
+    def _of(self, hessian: LossHessian, op: Operation, axis: Axis, n: int) -> Tensor:
+        if self.kind == "draws":
+            return hessian.draws(self.draws, axis, n, op.settings)
+        return hessian.fewest(axis, n) if self.kind == "fewest" else hessian.columns(axis, n)
+
+    def add(self, a: Any, b: Any) -> Any:
+        joined = dict(a)
+        for source, value in b.items():
+            joined[source] = value if source not in joined else _plus(joined[source], value)
+        return joined
+
+    def reduced(self, op: Operation, wave: Any, i: int) -> Any:
+        return wave
+
+
+def _plus(a: Any, b: Any) -> Any:
+    return a.plus(b) if isinstance(a, PerSample) else a + b
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a target got from the factor wave, by kind."""
+
+    samples: list[PerSample]
+    whole: list[Whole]
+    diagonal: list[Diagonal]
+
+    def owned(self, what: str) -> PerSample | None:
+        """The columns of the samples, if there are no others.
+
+        Raises:
+            CurvatureError: if a term of the loss that no sample owns has curvature here.
+        """
+        if self.whole or self.diagonal:
+            raise CurvatureError(
+                f"{what}: a term of the loss that no sample owns (a penalty on the weights?) has curvature here. "
+                "DiagGGNExact, DiagGGNMC and GGNBlock include such terms; otherwise leave them to the optimizer "
+                "(weight_decay), or pass samples=1"
+            )
+        return joined(self.samples)
+
+
+def arrived(value: Any, target: Target) -> Arrived:
+    """Sorts what arrived at a target."""
+    values = [at_target(v, target.axis, target.n) for v in (value or {}).values()]
+    return Arrived(*([v for v in values if isinstance(v, kind)] for kind in (PerSample, Whole, Diagonal)))  # type: ignore[arg-type]
+
+
+def joined(parts: Sequence[PerSample]) -> PerSample | None:
+    """The columns of several sources, one after the other."""
+    if len(parts) > 1:
+        return Dense(torch.cat([p.dense() for p in parts]))
+    return parts[0] if parts else None

@@ -1,0 +1,219 @@
+"""Where the samples are: which dimension of every tensor of a graph counts them.
+
+A loss is a sum over N samples. Below it, a tensor either holds all samples along one of its dimensions (:class:`Axis`),
+or is shared by them (``None``): a parameter, and whatever is computed from parameters alone. The axis is followed from
+the loss to the leaves by the rules of the wave ``"samples"``; an operation without one is asked itself (:func:`probe`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from . import registry
+from .graph import Edge, Operation
+
+
+class Axis(NamedTuple):
+    """Dimension ``dim`` is outer × N × inner: entry j of it belongs to sample (j // inner) % N."""
+
+    dim: int
+    inner: int = 1
+
+
+#: The axis of every tensor when the whole batch counts as one sample.
+BATCH = Axis(-1)
+State = Axis | None
+
+
+def front(x: Tensor, axis: Axis, n: int, leading: int = 0) -> Tensor:
+    """``x`` with its samples in front, ``[*leading, N, *rest]``; other entries of the axis stay in place."""
+    if axis is BATCH:
+        return x.unsqueeze(leading)
+    dim = leading + axis.dim
+    outer = x.shape[dim] // (n * axis.inner)
+    if outer == axis.inner == 1:
+        return x.movedim(dim, leading).unsqueeze(dim + 1)
+    return x.unflatten(dim, (outer, n, axis.inner)).movedim(dim + 1, leading).flatten(dim + 1, dim + 2)
+
+
+def back(x: Tensor, axis: Axis, shape: Sequence[int], n: int, leading: int = 0) -> Tensor:
+    """The inverse of :func:`front`: ``[*leading, *shape]``."""
+    if axis is BATCH:
+        return x.squeeze(leading)
+    dim = leading + axis.dim
+    outer = shape[axis.dim] // (n * axis.inner)
+    x = x.unflatten(dim + 1, (outer, axis.inner)).movedim(leading, dim + 1)
+    return x.reshape(*x.shape[:leading], *shape)
+
+
+def labels(shape: Sequence[int], axis: Axis, n: int, device: Any = None) -> Tensor:
+    """The sample that each entry belongs to, broadcastable to ``shape``."""
+    if axis is BATCH:
+        return torch.zeros([1] * len(shape), dtype=torch.long, device=device)
+    place = torch.arange(shape[axis.dim], device=device) // axis.inner % n
+    return place.view(-1, *[1] * (len(shape) - axis.dim - 1))
+
+
+def masked(columns: Tensor, axis: Axis, n: int) -> Tensor:
+    """Columns ``[V, *shape]`` of a tensor that holds the samples, as a shared one's: ``[V, N, *shape]``."""
+    if axis is BATCH:
+        return columns.unsqueeze(1)
+    mine = labels(columns.shape[1:], axis, n, columns.device)
+    every = torch.arange(n, device=columns.device).view(-1, *[1] * (columns.dim() - 1))
+    return torch.where(mine == every, columns.unsqueeze(1), columns.new_zeros(()))
+
+
+class Samples:
+    """The axis of every tensor that matters, for one loss.
+
+    Args:
+        operations: of the graph, roots first.
+        n: the number of samples; ``None``: the size of the leading dimension of the tensor that the loss sums up.
+
+    Attributes:
+        n: the number of samples; ``None`` if the loss sums up nothing.
+        axes: for every edge below the place where samples are summed: its axis, or ``None`` if it is shared.
+    """
+
+    def __init__(self, operations: Sequence[Operation], targets: Collection[Edge], n: int | None = None):
+        self.operations, self.targets, self.given, self.n = operations, targets, n, n
+        self.terms: set[Edge] = set()  # what the loss sums up but no sample enters, such as a penalty on weights
+        self.axes: dict[Edge, State] = {}
+        self.at: Operation | None = None  # where the samples are being followed
+
+    def follow(self) -> None:
+        """Find the axes, and tell every operation.
+
+        Raises:
+            CurvatureError: if an operation refuses, as samples meet in it; :attr:`at` is the operation.
+        """
+        while not self._follow():
+            pass
+        self.at = None
+        for op in self.operations:
+            op.n_samples, op.ends = self.n or 1, tuple([edge in self.targets for edge in op.edges])
+            op.axes_out = tuple([self.axes.get((op.node, k)) for k in range(len(op.outputs))])
+            op.axes_in = tuple([self.axes.get(edge) for edge in op.edges])
+            op.axes_seen = tuple(self.seen.get(op.node, op.axes_in))
+            op.summed = not any([(op.node, k) in self.axes for k in range(len(op.outputs))])
+
+    def _follow(self) -> bool:
+        """One pass from the loss to the leaves; False if it must be repeated with what it found out."""
+        self.axes = {}
+        self.seen: dict[Node, Sequence[State]] = {}
+        self.origin: dict[Edge, Edge] = {}
+        for op in self.operations:
+            places = [(op.node, k) for k in range(len(op.outputs))]
+            above = [edge for edge in places if isinstance(self.axes.get(edge), Axis)]
+            shared = any(edge in self.axes for edge in places)
+            if self.given != 1 and not shared:
+                again = self._begin(op)
+                if again:
+                    return False
+                continue
+            states = self._across(op) if above or self.given == 1 else [None] * len(op.edges)
+            self.seen[op.node] = states
+            for i, state in enumerate(states):
+                if op.needs[i]:
+                    self._meet(op.edges[i], state, self.origin.get(above[0]) if above else None)
+        return not self._penalties()
+
+    def _across(self, op: Operation) -> Sequence[State]:
+        self.at = op
+        if self.given == 1:
+            return [BATCH] * len(op.edges)
+        out = [self.axes.get((op.node, k)) for k in range(len(op.outputs))]
+        rule = registry.find(op, "samples")
+        assert self.n is not None
+        return probe(op, out, self.n) if rule is None else rule.function(op, out, self.n)
+
+    def _begin(self, op: Operation) -> bool:
+        """The samples are summed by this operation or below it; True if there are fewer than was thought."""
+        for i, edge in enumerate(op.edges):
+            if not op.needs[i]:
+                continue
+            shape = op.inputs[i].shape
+            if edge in self.terms:
+                self._meet(edge, None, None)
+            elif prod(shape) and (len(shape) > 1 or prod(shape) > 1 or (shape and not edge[0].next_functions)):
+                if self.n is None:
+                    self.n = shape[0]
+                elif shape[0] % self.n:
+                    if self.given is None and self.n % shape[0] == 0:
+                        self.n = shape[0]
+                        return True
+                    continue
+                self._meet(edge, Axis(0, shape[0] // self.n), edge)
+        return False
+
+    def _meet(self, edge: Edge, state: State, origin: Edge | None) -> None:
+        """Two users of a tensor who see its samples in different places: it counts as shared, which is always right."""
+        if edge in self.axes and self.axes[edge] != state:
+            state = None
+        self.axes[edge] = state
+        if origin is not None:
+            self.origin.setdefault(edge, origin)
+
+    def _penalties(self) -> bool:
+        """Whether what was taken for samples are entries of a parameter: that term is a function of it alone."""
+        found = {
+            self.origin[edge]
+            for edge, state in self.axes.items()
+            if isinstance(state, Axis)
+            and edge in self.origin
+            and isinstance(getattr(edge[0], "variable", None), nn.Parameter)
+        }
+        if self.given == 1 or not found:
+            return False
+        self.terms |= found
+        self.n = self.given
+        return True
+
+
+PROBED = 1e-2  # how far from a whole number a label may come out
+
+
+def probe(op: Operation, out: Sequence[State], n: int) -> list[State]:
+    """The axes of the inputs by asking the node: Jᵀ(r ∘ label) / Jᵀr is the label where one sample alone arrives."""
+    generator = torch.Generator().manual_seed(0)
+    plain: list[Tensor | None] = []
+    labelled: list[Tensor | None] = []
+    for axis, meta in zip(out, op.outputs, strict=True):
+        if axis is None:
+            plain.append(None)
+            labelled.append(None)
+            continue
+        r = torch.rand(meta.shape, generator=generator).add_(0.5).to(meta.device, meta.dtype)
+        plain.append(r)
+        labelled.append(r * (1 + labels(meta.shape, axis, n, meta.device)).to(meta.dtype))
+    below, above = op.vjp(*plain), op.vjp(*labelled)
+    return [_read(op, i, below[i], above[i], n) if need else None for i, need in enumerate(op.needs)]
+
+
+def _read(op: Operation, i: int, plain: Tensor | None, labelled: Tensor | None, n: int) -> State:
+    if plain is None or labelled is None:
+        return None
+    plain, labelled = op.reduced(plain, i), op.reduced(labelled, i)
+    if plain.is_complex():
+        plain, labelled = plain.abs(), labelled.abs()
+    seen = plain.abs() > 1e-3 * plain.abs().max()
+    ratio = torch.where(seen, labelled / torch.where(seen, plain, 1), 0)
+    for axis in _candidates(plain.shape, n):
+        expected = 1 + labels(plain.shape, axis, n, plain.device)
+        if bool(((ratio - expected).abs() <= PROBED)[seen.expand_as(ratio)].all()):
+            return axis
+    return None
+
+
+def _candidates(shape: Sequence[int], n: int) -> Iterator[Axis]:
+    for dim, size in enumerate(shape):
+        if size and size % n == 0:
+            for inner in range(1, size // n + 1):
+                if size // n % inner == 0:
+                    yield Axis(dim, inner)

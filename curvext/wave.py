@@ -1,0 +1,38 @@
+"""What passes from the loss to the leaves, operation by operation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .graph import Operation
+
+
+@dataclass(frozen=True)
+class Wave(ABC):
+    """Something that passes from the loss to the leaves, operation by operation; it starts as ``None``: zero.
+
+    Equal waves are carried once. A concrete wave knows no operation by name.
+    """
+
+    by_sample: ClassVar[bool] = False  # whether operations must know where their samples are
+
+    @abstractmethod
+    def step(self, op: Operation, g: Sequence[Tensor | None], wave: Sequence[Any]) -> Sequence[Any]:
+        """The waves at the operation's inputs, given gradients and waves at its outputs."""
+
+    def needs_gradient(self, op: Operation) -> bool:
+        """Whether :meth:`step` uses the gradient here; operations where it does not need no hook."""
+        return True
+
+    def add(self, a: Any, b: Any) -> Any:
+        """The wave of a tensor that is used twice."""
+        return a + b
+
+    def reduced(self, op: Operation, wave: Any, i: int) -> Any:
+        """What :meth:`step` gave as it belongs to input ``i``: in its shape and dtype."""
+        return op.reduced(wave, i)
