@@ -22,6 +22,8 @@ from curvext import (
 from . import models
 from .dense import blocks, sample_gradients
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = (BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), BatchDotGrad(), DiagGGNExact(), BatchDiagGGNExact(),
          SqrtGGNExact(), GGNBlock())  # fmt: skip
 N = 5
