@@ -6,51 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from curvext import (
-    BatchDiagGGNExact,
-    BatchDotGrad,
-    BatchGrad,
-    BatchL2Grad,
-    DiagGGNExact,
-    GGNBlock,
-    SqrtGGNExact,
-    SumGradSquared,
-    Variance,
-    extend,
-)
-
 from . import models
-from .dense import blocks, sample_gradients
+from .dense import check
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-EXACT = (BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), BatchDotGrad(), DiagGGNExact(), BatchDiagGGNExact(),
-         SqrtGGNExact(), GGNBlock())  # fmt: skip
 N = 5
-
-
-def near(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
-
-
-def check(model, x, total, parts, **options):
-    """``total(z)`` is the loss as users write it, ``parts(z)`` the same as one number for each sample."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with extend(model, *EXACT, **options):
-        total(model(x)).backward()
-    near(parts(model(x)).sum(), total(model(x)))
-    gradients = sample_gradients(lambda: parts(model(x)), parameters)
-    for p, g, block in zip(parameters, gradients, blocks(lambda: model(x), total, parameters), strict=True):
-        near(p.grad_batch, g)
-        near(p.batch_l2, g.flatten(1).square().sum(1))
-        near(p.sum_grad_squared, g.square().sum(0))
-        near(p.variance, g.var(0, unbiased=False))
-        near(p.batch_dot, g.flatten(1) @ g.flatten(1).T)
-        near(p.ggn_block, block)
-        near(p.diag_ggn_exact, block.diagonal().view_as(p))
-        near(p.diag_ggn_exact_batch.sum(0), p.diag_ggn_exact)
-        columns = p.sqrt_ggn_exact.flatten(2).flatten(0, 1)
-        near(columns.T @ columns, block)
 
 
 def labels(*shape, classes=3):
