@@ -22,6 +22,22 @@ from torch import Tensor
 
 BLOCK = 1 << 18  # entries that are computed together, so that they stay in a CPU's cache
 BLOCK_GPU = 1 << 26
+MANY = 64  # rows that are faster added up together than one by one
+
+
+def over(x: Tensor, dim: int) -> Tensor:
+    """The sum over one dimension; PyTorch takes longer for one of size 1 than for a long one."""
+    return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim)
+
+
+def squared(x: Tensor) -> Tensor:
+    """Σ of squares over the first dimension; on a CPU without a tensor of their size, whose memory would be fresh."""
+    if x.device.type != "cpu" or len(x) > MANY:
+        return over(x.square(), 0)
+    total = x[0].square()
+    for row in x[1:]:
+        total.addcmul_(row, row)
+    return total
 
 
 class PerSample(ABC):
@@ -68,7 +84,7 @@ class PerSample(ABC):
 
     def block(self) -> Tensor:
         """Σ_v Σ_n [v, n] [v, n]ᵀ: ``[P, P]``, rows and columns in the order of the flattened tensor."""
-        rows = self.dense().flatten(2).flatten(0, 1)
+        rows = self.dense().unsqueeze(2).flatten(2).flatten(0, 1)
         return rows.mT @ rows
 
     def plus(self, other: PerSample) -> PerSample:
@@ -94,17 +110,16 @@ class Dense(PerSample):
         return self.values
 
     def squares(self) -> Tensor:
-        flat = self.values.flatten(0, 1)
-        return torch.linalg.vecdot(flat, flat, dim=0) if len(flat) > 1 else flat[0] ** 2
+        return squared(self.values.flatten(0, 1))
 
     def sample_squares(self) -> Tensor:
-        return self.values.square().sum(0)
+        return squared(self.values)
 
     def sums(self) -> Tensor:
         return self.values.sum(1)
 
     def norms(self) -> Tensor:
-        return self.values.flatten(2).square().sum(2)
+        return self.values.unsqueeze(2).flatten(2).square().sum(2)
 
     def select(self, samples: Sequence[int]) -> Dense:
         return Dense(self.values[:, list(samples)])
@@ -158,14 +173,14 @@ class Outer(PerSample):
 
     def squares(self) -> Tensor:
         if self.positions == 1:
-            s = torch.linalg.vecdot(self.s, self.s, dim=0) if len(self.s) > 1 else self.s[0].square()
+            s = squared(self.s)
             return self._laid(s.squeeze(2).permute(1, 2, 0) @ self.x.squeeze(2).square().transpose(0, 1))
         total = sum(block.square_().sum((0, 2)) for block in self._blocks())
         return self._laid(total)  # type: ignore[arg-type]
 
     def sample_squares(self) -> Tensor:
         if self.positions == 1:
-            return self._laid(self.s.square().sum(0).mT * self.x.square())
+            return self._laid(squared(self.s).mT * self.x.square())
         return self._laid(torch.cat([block.square_().sum(2) for block in self._blocks()]))
 
     def _blocks(self) -> Iterator[Tensor]:
@@ -180,7 +195,8 @@ class Outer(PerSample):
     def norms(self) -> Tensor:
         t, o, i = self.positions, self.s.shape[-1], self.x.shape[-1]
         if t == 1:
-            return (self.s.square().sum(4) * self.x.square().sum(3)).sum((2, 3))
+            products = self.s.square().sum(4) * self.x.square().sum(3)
+            return over(over(products, 3), 2)
         if t * (o + i) < o * i:  # inner products of positions, against the tensor itself
             return torch.einsum("vngts,ngts->vn", self.s @ self.s.mT, self.x @ self.x.mT)
         return torch.cat([block.square_().sum((1, 3, 4)) for block in self._blocks()]).mT

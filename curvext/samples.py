@@ -38,7 +38,7 @@ def front(x: Tensor, axis: Axis, n: int, leading: int = 0) -> Tensor:
     dim = leading + axis.dim
     outer = x.shape[dim] // (n * axis.inner)
     if outer == axis.inner == 1:
-        return x.movedim(dim, leading).unsqueeze(dim + 1)
+        return (x.movedim(dim, leading) if axis.dim else x).unsqueeze(dim + 1)
     return x.unflatten(dim, (outer, n, axis.inner)).movedim(dim + 1, leading).flatten(dim + 1, dim + 2)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm as grouped
 
 from ..graph import Operation
-from ..persample import Dense, Outer, PerSample
+from ..persample import Dense, Outer, PerSample, over
 from ..registry import rule
 from ..samples import Axis, front
 from .structure import pointwise_rule
@@ -233,7 +233,7 @@ def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, 
     """As mm, scaled by α; the added vector gets Σ over a sample's rows."""
     found = _products(op, _by(s, op.alpha), op.mat1, op.mat2, wanted[1:], 1)
     if wanted[0] and op.axes_out[0].dim == 0 and list(op.inputs[0].shape) == list(op.outputs[0].shape[1:]):
-        found[0] = Dense(_by(front(s, op.axes_out[0], op.n_samples, 1).sum(2), op.beta))
+        found[0] = Dense(_by(over(front(s, op.axes_out[0], op.n_samples, 1), 2), op.beta))
     return found
 
 
