@@ -68,7 +68,7 @@ class extend(TorchFunctionMode):
         samples: the number N of samples, for quantities that tell samples apart; by default the size of the leading
             dimension of the tensor that the loss sums up. ``samples=1`` treats the batch as one sample.
         extension_hook: called with each parameter as soon as its quantities are on it, before ``p.grad`` is complete:
-            to reduce or delete them early.
+            to reduce them early; what it deletes from parameters is freed.
         generator: source of random probes and Monte-Carlo draws.
         probes: random probes for each operation that must be sampled.
         enumerate_up_to: operations without a rule are enumerated exactly up to this many entries, and sampled beyond.
@@ -111,7 +111,7 @@ class extend(TorchFunctionMode):
         self.asked = assigned(self.model, self.entries, tensors, self.only)
         self.tensors = {name: tensors[name] for name in self.asked}
         fields = list({entry.quantity.savefield: None for entry in self.entries})
-        self.earlier = {id(t): [t.__dict__.pop(field, None) for field in fields] for t in every.values()}
+        self.earlier = {id(t): {f: [t.__dict__.pop(f, None)] for f in fields} for t in every.values()}
         self.settings = Settings(**self.options)  # type: ignore[arg-type]
         self.results = Curvature(fields)
         self.held: dict[tuple[str, str], Any] = {}
@@ -218,8 +218,8 @@ class _Reader:
     def arrive(self, edge: Edge, waves: Sequence[Any]) -> None:
         """All that this target will get."""
         block, target = self.block, self.targets[edge]
-        # results of an earlier block: let go of one by one, so that the allocator reuses their memory while it is warm
-        block.earlier.pop(id(target.tensor), None)
+        # results of an earlier block: let go of one by one, so that their memory is reused while it is warm
+        target.earlier = block.earlier.pop(id(target.tensor), {})
         readings = []
         for quantity in block.asked[target.names[0]]:
             if isinstance(quantity, Quantity):
@@ -227,6 +227,7 @@ class _Reader:
             else:
                 value = self.whole[edge][quantity.savefield]
             readings.append((quantity, quantity.zero(target) if value is None else value))
+        target.earlier = {}
         self.read[edge] = readings
         if block.hook is not None:
             self._keep(edge)
@@ -235,6 +236,14 @@ class _Reader:
             except Exception as error:
                 self.failure = error
                 raise
+            self._release()
+
+    def _release(self) -> None:
+        """What a hook deleted from the tensors is let go of here too."""
+        for field, values in self.block.results.items():
+            for name in [name for name in values if field not in self.block.tensors[name].__dict__]:
+                del values[name]
+                self.block.held.pop((field, name), None)
 
     def _keep(self, edge: Edge) -> None:
         """Add what has arrived to the results; a tensor may have several names."""

@@ -1,0 +1,1 @@
+"""Products with Jacobians, Hessians and Gauss-Newton matrices, by autograd alone."""

@@ -1,0 +1,1 @@
+"""Helpers that optimizers written for BackPACK import."""
