@@ -162,10 +162,12 @@ class Outer(PerSample):
             matrix = matrix.mT
         return matrix.reshape(*matrix.shape[:-3], *self.shape)
 
-    def dense(self) -> Tensor:
-        if self.positions == 1:
-            return self._laid(self.s.mT * self.x)
-        return self._laid(self.s.mT @ self.x)
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        groups, o, i = self.s.shape[2], self.s.shape[4], self.x.shape[3]
+        if out is not None:
+            out = out.view(*self.size, i, o).mT.unsqueeze(2) if self.flipped else out.view(*self.size, groups, o, i)
+        multiply = torch.mul if self.positions == 1 else torch.matmul
+        return self._laid(multiply(self.s.mT, self.x, out=out))
 
     def sums(self) -> Tensor:
         s = self.s.permute(0, 2, 4, 1, 3).flatten(3)  # V G O NT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def sample_gradients(losses: Callable[[], Tensor], parameters: Sequence[Tensor])
 def places(parameters: Sequence[Tensor]) -> list[slice]:
     """Where each parameter's entries are in a matrix over all of them."""
     ends = torch.tensor([0, *[p.numel() for p in parameters]]).cumsum(0).tolist()
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def blocks(
@@ -93,12 +94,12 @@ def check(
     gradients = sample_gradients(lambda: parts(outputs()), parameters)
     for p, g, block in zip(parameters, gradients, sample_blocks(outputs, parts, parameters), strict=True):
         near(p.grad_batch, g)
-        near(p.batch_l2, g.flatten(1).square().sum(1))
+        near(p.batch_l2, g.reshape(len(g), -1).square().sum(1))
         near(p.sum_grad_squared, g.square().sum(0))
         near(p.variance, g.var(0, unbiased=False))
-        near(p.batch_dot, g.flatten(1) @ g.flatten(1).T)
+        near(p.batch_dot, g.reshape(len(g), -1) @ g.reshape(len(g), -1).T)
         near(p.ggn_block, block.sum(0))
         near(p.diag_ggn_exact, block.sum(0).diagonal().view_as(p))
         near(p.diag_ggn_exact_batch, block.diagonal(0, 1, 2).reshape(-1, *p.shape))
-        columns = p.sqrt_ggn_exact.flatten(2).movedim(1, 0)
+        columns = p.sqrt_ggn_exact.unsqueeze(2).flatten(2).movedim(1, 0)
         near(columns.mT @ columns, block)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..persample import Dense
 from ..wave import Wave
 from .base import Quantity, Target
 from .waves import Arrived, Factor, arrived
@@ -104,7 +105,8 @@ class _Root(_FactorReading):
     def of(self, found: Arrived, target: Target) -> Tensor:
         samples = found.owned(type(self).__name__)
         assert samples is not None
-        return (samples if self.subsampling is None else samples.select(self.subsampling)).dense()
+        kept = samples if self.subsampling is None else samples.select(self.subsampling)
+        return kept.dense(target.memory(self.savefield, *kept.size, *target.tensor.shape))
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], 1)
@@ -157,7 +159,7 @@ class GGNBlock(_Exact, _FactorReading):
 
     def of(self, found: Arrived, target: Target) -> Tensor:
         terms = [p.block() for p in found.samples]
-        terms += [w.columns.flatten(1).mT @ w.columns.flatten(1) for w in found.whole]
+        terms += [Dense(w.columns.unsqueeze(1)).block() for w in found.whole]
         terms += [torch.diag(d.h.flatten()) for d in found.diagonal]
         return sum(terms[1:], start=terms[0])
 

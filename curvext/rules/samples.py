@@ -219,7 +219,9 @@ def embedding(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
     "NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", wave="samples", how="structure"
 )
 def batch_norm(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
-    """With running statistics entry by entry; with those of the batch, samples depend on each other."""
+    """Channel by channel; with running statistics entry by entry, with those of the batch its samples mix."""
+    if out[0] is not None and out[0].dim == 1:  # the channels tell the samples apart: instance normalisation
+        return [out[0], *[Axis(0, out[0].inner)] * (len(op.edges) - 1)]
     if getattr(op.node, "_saved_training", True) and n > 1:
         raise CurvatureError(
             "batch normalisation in training mode mixes the samples, so that there is no gradient or curvature of one "
