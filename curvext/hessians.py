@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -19,7 +19,14 @@ TOLERANCE = 1e-4  # negative eigenvalues below this times the largest one are ro
 
 
 class LossHessian(ABC):
-    """B at one tensor that holds the samples, as factors ``[V, *shape]`` with Σᵥ Sᵥ Sᵥᵀ = B_n within each sample."""
+    """B at one tensor that holds the samples, as factors ``[V, *shape]`` with Σᵥ Sᵥ Sᵥᵀ = B_n within each sample.
+
+    Factors are for a B without negative eigenvalues; :meth:`part` makes one of any.
+    """
+
+    @abstractmethod
+    def part(self, of: Callable[[Tensor], Tensor]) -> LossHessian:
+        """The same with other eigenvalues: ``of`` is :func:`convex`, :func:`positive` or :func:`negative`."""
 
     @abstractmethod
     def columns(self, axis: Axis, n: int) -> Tensor:
@@ -42,16 +49,24 @@ def entries(shape: Sequence[int], axis: Axis, n: int, device: Any, without: int 
     return back(numbers, axis, kept, n), prod(split)
 
 
+def one_by_one(x: Tensor, axis: Axis, n: int) -> Tensor:
+    """Columns ``[V, *shape]``, each with one entry of ``x`` for every sample."""
+    number, size = entries(x.shape, axis, n, x.device)
+    every = torch.arange(size, device=x.device).view(-1, *[1] * x.dim())
+    return torch.where(number == every, x, x.new_zeros(()))
+
+
 @dataclass
 class DiagonalHessian(LossHessian):
     """B = diag(b)."""
 
     b: Tensor
 
+    def part(self, of: Callable[[Tensor], Tensor]) -> DiagonalHessian:
+        return DiagonalHessian(of(self.b))
+
     def columns(self, axis: Axis, n: int) -> Tensor:
-        number, size = entries(self.b.shape, axis, n, self.b.device)
-        every = torch.arange(size, device=self.b.device).view(-1, *[1] * self.b.dim())
-        return torch.where(number == every, self.b.sqrt(), self.b.new_zeros(()))
+        return one_by_one(self.b.sqrt(), axis, n)
 
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
         root = self.b.div(m).sqrt().expand(m, *self.b.shape)
@@ -65,6 +80,9 @@ class SoftmaxHessian(LossHessian):
     p: Tensor
     w: Tensor
     dim: int
+
+    def part(self, of: Callable[[Tensor], Tensor]) -> SoftmaxHessian:
+        return replace(self, w=of(self.w))
 
     def columns(self, axis: Axis, n: int) -> Tensor:
         """S_c = √(w p_c) (e_c - p)."""
@@ -108,18 +126,25 @@ class SoftmaxHessian(LossHessian):
 
 @dataclass
 class DenseHessian(LossHessian):
-    """B_n = Σᵥ Sᵥ Sᵥᵀ, from its eigenvectors: ``factor [V, *shape]``."""
+    """B_n = Σᵥ λᵥ uᵥ uᵥᵀ, by ``values [V, N]`` and ``vectors [V, N, *rest]``, samples in front, of ``shape``."""
 
-    factor: Tensor
+    values: Tensor
+    vectors: Tensor
+    shape: Sequence[int]
+
+    def part(self, of: Callable[[Tensor], Tensor]) -> DenseHessian:
+        return replace(self, values=of(self.values))
+
+    def _roots(self) -> Tensor:
+        return self.vectors * self.values.sqrt().view(*self.values.shape, *[1] * (self.vectors.dim() - 2))
 
     def columns(self, axis: Axis, n: int) -> Tensor:
-        return self.factor
+        return back(self._roots(), axis, self.shape, n, 1)
 
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
-        split = front(self.factor, axis, n, 1)
-        signs = settings.signs(split.new_empty(m, *split.shape[:2]))
-        drawn = torch.einsum("vn...,mvn->mn...", split, signs) / m**0.5
-        return back(drawn, axis, self.factor.shape[1:], n, 1)
+        signs = settings.signs(self.values.new_empty(m, *self.values.shape))
+        drawn = torch.einsum("vn...,mvn->mn...", self._roots(), signs) / m**0.5
+        return back(drawn, axis, self.shape, n, 1)
 
 
 def tracing() -> bool:
@@ -127,8 +152,18 @@ def tracing() -> bool:
     return get_proxy_mode() is not None
 
 
+def positive(b: Tensor) -> Tensor:
+    """Without the negative ones."""
+    return b.clamp(min=0)
+
+
+def negative(b: Tensor) -> Tensor:
+    """Without the positive ones, as positive numbers: B = its positive part - its negative part."""
+    return (-b).clamp(min=0)
+
+
 def convex(b: Tensor) -> Tensor:
-    """``b``, if it has no negative entries beyond rounding."""
+    """As they are, if none is negative beyond rounding."""
     if not tracing() and b.numel() and bool(b.min() < -TOLERANCE * b.max().clamp(min=0)):
         raise not_convex()
     return b.clamp(min=0)

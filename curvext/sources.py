@@ -18,9 +18,9 @@ from . import registry
 from .diagonal import bends, pass_diagonal
 from .errors import CurvatureError
 from .graph import Operation
-from .hessians import TOLERANCE, DenseHessian, DiagonalHessian, LossHessian, convex, entries, not_convex, tracing
+from .hessians import DenseHessian, DiagonalHessian, LossHessian, entries, tracing
 from .rules.default import others_fixed, quiet_vmap
-from .samples import BATCH, Axis, back, front
+from .samples import BATCH, Axis, front
 
 MOST = 4096  # entries of a sample for which a dense Hessian is formed
 
@@ -37,11 +37,7 @@ def may_start(op: Operation) -> bool:
 
 
 def loss_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHessian]:
-    """B at the inputs of an operation that no wave has reached; empty if it bends nothing.
-
-    Raises:
-        CurvatureError: if B has negative eigenvalues: it is not the Hessian of a convex loss.
-    """
+    """B = ∂²⟨g, f(x)⟩/∂x² at the inputs of an operation; empty if it bends nothing."""
     if not may_start(op) or not any(v is not None for v in g):
         return {}
     rule = registry.find(op, "source")
@@ -55,13 +51,12 @@ def loss_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHes
         found = None if i >= len(bend) else bend[i]
         if found is None:
             return {}
-        found = op.reduced(found, i)
-        return {i: DiagonalHessian(convex(found))} if tracing() or bool(found.any()) else {}
+        return {i: DiagonalHessian(op.reduced(found, i))}
     return dense_hessian(op, g, groups)
 
 
 def dense_hessian(op: Operation, g: Sequence[Tensor | None], groups: list[list[int]]) -> dict[int, LossHessian]:
-    """B of every sample by differentiating the node's backward, and its factor from the eigenvectors."""
+    """B of every sample by differentiating the node's backward, with its eigenvectors."""
     parts: dict[int, Tensor] = {}
     with torch.enable_grad():
         outs = op.vjp(*(None if v is None else v.detach().requires_grad_(op.is_python) for v in g))
@@ -105,12 +100,9 @@ def _factored(rows: Tensor, parts: dict[int, Tensor], places: dict[int, Axis], n
     if not tracing() and not bool(rows.any()):
         return {}
     values, vectors = torch.linalg.eigh(rows.movedim(1, 0))
-    if not tracing() and bool(values.min() < -TOLERANCE * values.max()):
-        raise not_convex()
-    factor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).movedim(-1, 0)  # [V, N, D]
-    split = factor.split([part.numel() // n for part in parts.values()], -1)
+    split = vectors.movedim(-1, 0).split([part.numel() // n for part in parts.values()], -1)  # [V, N, D]
     found: dict[int, LossHessian] = {}
     for (i, part), piece in zip(parts.items(), split, strict=True):
         shape = front(part, places[i], n).shape[1:]
-        found[i] = DenseHessian(back(piece.unflatten(-1, shape), places[i], part.shape, n, 1))
+        found[i] = DenseHessian(values.mT, piece.unflatten(-1, shape), part.shape)
     return found

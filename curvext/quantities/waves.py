@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 from ..factor import Diagonal, Whole, across, at_target, part, pass_columns, reduced_columns
 from ..graph import Operation
-from ..hessians import DiagonalHessian, LossHessian
+from ..hessians import DiagonalHessian, LossHessian, convex
 from ..persample import Dense, PerSample
 from ..samples import BATCH, Axis, masked
 from ..sources import loss_hessian, may_start
@@ -118,7 +118,7 @@ class Factor(Wave):
         return found
 
     def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
-        return {i: self._columns(op, i, hessian) for i, hessian in loss_hessian(op, g).items()}
+        return {i: self._columns(op, i, hessian.part(convex)) for i, hessian in loss_hessian(op, g).items()}
 
     def _columns(self, op: Operation, i: int, hessian: LossHessian) -> Any:
         axis = op.axes_in[i]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Operation
-from ..hessians import LossHessian, SoftmaxHessian, convex
+from ..hessians import LossHessian, SoftmaxHessian
 from ..registry import rule
 from .structure import bent
 
@@ -71,4 +71,4 @@ def log_softmax_elementwise(op: Operation, g: Tensor | None, h: Tensor | None) -
 def log_softmax_hessian(op: Operation, g: Any) -> dict[int, LossHessian]:
     """B = -(Σg) (diag p - p pᵀ)."""
     w = -g[0].sum(op.dim, keepdim=True)
-    return {0: SoftmaxHessian(op.result.exp(), convex(w), op.dim)}
+    return {0: SoftmaxHessian(op.result.exp(), w, op.dim)}
