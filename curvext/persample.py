@@ -49,8 +49,12 @@ class PerSample(ABC):
         """V and N."""
 
     @abstractmethod
-    def dense(self) -> Tensor:
-        """All of it: ``[V, N, *shape]``."""
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        """All of it: ``[V, N, *shape]``; written into ``out``, if that is given and it is not there yet."""
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """An uninitialised tensor of the same dtype and device."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -106,8 +110,11 @@ class Dense(PerSample):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape[2:])
 
-    def dense(self) -> Tensor:
+    def dense(self, out: Tensor | None = None) -> Tensor:
         return self.values
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        return self.values.new_empty(shape)
 
     def squares(self) -> Tensor:
         return squared(self.values.flatten(0, 1))
@@ -161,6 +168,9 @@ class Outer(PerSample):
         if self.flipped:
             matrix = matrix.mT
         return matrix.reshape(*matrix.shape[:-3], *self.shape)
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        return self.s.new_empty(shape)
 
     def dense(self, out: Tensor | None = None) -> Tensor:
         groups, o, i = self.s.shape[2], self.s.shape[4], self.x.shape[3]

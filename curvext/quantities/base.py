@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..memory import taken
 from ..wave import Wave
 
 
@@ -75,6 +76,11 @@ class Target:
     names: list[str]
     n: int | None = None
     axis: Any = None
+    earlier: dict[str, list[Any]] = field(default_factory=dict)
+
+    def memory(self, savefield: str, *shape: int) -> Tensor | None:
+        """The tensor that an earlier block left here as ``savefield``, to be written again, if nobody else holds it."""
+        return taken(self.earlier.get(savefield, []), shape, self.tensor)
 
 
 @dataclass(frozen=True)

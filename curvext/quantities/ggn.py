@@ -16,7 +16,7 @@ from torch import Tensor
 from ..persample import Dense
 from ..wave import Wave
 from .base import Quantity, Target
-from .waves import Arrived, Factor, arrived
+from .waves import Arrived, Factor, arrived, formed
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _Root(_FactorReading):
         samples = found.owned(type(self).__name__)
         assert samples is not None
         kept = samples if self.subsampling is None else samples.select(self.subsampling)
-        return kept.dense(target.memory(self.savefield, *kept.size, *target.tensor.shape))
+        return formed(kept, target, self.savefield, kept.size)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], 1)

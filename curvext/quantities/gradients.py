@@ -16,7 +16,7 @@ from torch import Tensor
 from ..persample import PerSample
 from ..wave import Wave
 from .base import Quantity, Target
-from .waves import SampleGradients, owned
+from .waves import SampleGradients, formed, owned
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class _FirstOrder(Quantity):
 
     def read(self, target: Target, *arrived: Any) -> Any:
         gradients = owned(arrived[0], type(self).__name__)
-        return None if gradients is None else self.of(gradients)
+        return None if gradients is None else self.of(gradients, target)
 
-    def of(self, gradients: PerSample) -> Any:
+    def of(self, gradients: PerSample, target: Target) -> Any:
         raise NotImplementedError
 
 
@@ -52,9 +52,9 @@ class BatchGrad(_FirstOrder):
         if self.subsampling is not None:
             object.__setattr__(self, "subsampling", tuple(self.subsampling))
 
-    def of(self, gradients: PerSample) -> Tensor:
+    def of(self, gradients: PerSample, target: Target) -> Tensor:
         kept = gradients if self.subsampling is None else gradients.select(self.subsampling)
-        return kept.dense()[0]
+        return formed(kept, target, self.savefield, kept.size[1:])
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b])
@@ -70,7 +70,7 @@ class BatchL2Grad(_FirstOrder):
 
     savefield = "batch_l2"
 
-    def of(self, gradients: PerSample) -> Tensor:
+    def of(self, gradients: PerSample, target: Target) -> Tensor:
         return gradients.norms()[0]
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class SumGradSquared(_FirstOrder):
 
     savefield = "sum_grad_squared"
 
-    def of(self, gradients: PerSample) -> Tensor:
+    def of(self, gradients: PerSample, target: Target) -> Tensor:
         return gradients.squares()
 
 
@@ -96,7 +96,7 @@ class Variance(_FirstOrder):
 
     savefield = "variance"
 
-    def of(self, gradients: PerSample) -> tuple[int, Tensor, Tensor]:
+    def of(self, gradients: PerSample, target: Target) -> tuple[int, Tensor, Tensor]:
         return gradients.size[1], gradients.sums()[0], gradients.squares()
 
     def add(self, a: Any, b: Any) -> Any:
@@ -117,7 +117,7 @@ class BatchDotGrad(_FirstOrder):
 
     savefield = "batch_dot"
 
-    def of(self, gradients: PerSample) -> Tensor:
+    def of(self, gradients: PerSample, target: Target) -> Tensor:
         return gradients.gram()[0, :, 0]
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:

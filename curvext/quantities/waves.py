@@ -176,8 +176,31 @@ def arrived(value: Any, target: Target) -> Arrived:
     return Arrived(*([v for v in values if isinstance(v, kind)] for kind in (PerSample, Whole, Diagonal)))  # type: ignore[arg-type]
 
 
+def squared(value: Any) -> Tensor:
+    """The diagonal of Σᵥ Sᵥ Sᵥᵀ, in the tensor's shape."""
+    if isinstance(value, PerSample):
+        return value.squares()
+    return (
+        value.h
+        if isinstance(value, Diagonal)
+        else (value.columns if isinstance(value, Whole) else value).square().sum(0)
+    )
+
+
 def joined(parts: Sequence[PerSample]) -> PerSample | None:
     """The columns of several sources, one after the other."""
     if len(parts) > 1:
         return Dense(torch.cat([p.dense() for p in parts]))
     return parts[0] if parts else None
+
+
+def formed(columns: PerSample, target: Target, savefield: str, leading: Sequence[int]) -> Tensor:
+    """All of ``columns`` as ``[*leading, *P]``, in the memory of an earlier result if that can be."""
+    if isinstance(columns, Dense):
+        return columns.values.view(*leading, *target.tensor.shape)
+    shape = (*leading, *target.tensor.shape)
+    out = target.memory(savefield, *shape)
+    if out is None:
+        out = columns.empty(shape)
+    columns.dense(out.view(*columns.size, *target.tensor.shape))
+    return out
