@@ -76,12 +76,12 @@ def selector(model: Any, where: Any) -> Callable[[str, Tensor], bool]:
         inside = {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters()}
 
     def selected(name: str, tensor: Tensor) -> bool:
-        return id(tensor) in inside or any(_matches(name, g) for g in globs) or any(t(name, tensor) for t in tests)
+        return id(tensor) in inside or any(matches(name, g) for g in globs) or any(t(name, tensor) for t in tests)
 
     return selected
 
 
-def _matches(name: str, glob: str) -> bool:
+def matches(name: str, glob: str) -> bool:
     """``"fc1"`` stands for all below it, as ``"fc1.*"``."""
     return fnmatchcase(name, glob) or fnmatchcase(name, glob + ".*")
 
