@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+BACKPACK ?= backpack-for-pytorch==1.7.1 unfoldNd==0.2.3
 WORKERS ?= 2
 JUNK := build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
@@ -22,10 +23,10 @@ $(VENV)/.demo: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
 	@touch $@
 
-# torchvision asks for its own build of torch, so it comes without dependencies
+# torchvision asks for its own build of torch, and BackPACK for an old one, so they come without dependencies
 $(VENV)/.test: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,demo,lint,docs]"
-	$(BIN)/python -m pip install -q --no-deps "$(TORCHVISION)"
+	$(BIN)/python -m pip install -q --no-deps "$(TORCHVISION)" $(BACKPACK)
 	@touch $@
 
 demo: $(VENV)/.demo ## train on real data: quality, progress and cost of HesScale; pictures in demo-output/
