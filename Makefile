@@ -24,7 +24,7 @@ $(VENV)/.demo: setup.cfg | $(BIN)/python
 	@touch $@
 
 # torchvision asks for its own build of torch, and BackPACK for an old one, so they come without dependencies
-$(VENV)/.test: setup.cfg | $(BIN)/python
+$(VENV)/.test: setup.cfg Makefile | $(BIN)/python
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,demo,lint,docs]"
 	$(BIN)/python -m pip install -q --no-deps "$(TORCHVISION)" $(BACKPACK)
 	@touch $@
