@@ -177,6 +177,12 @@ def _broadcasts(op: Operation) -> bool:
     return rule is not None and rule.function.__name__ == "aligned" and op.name != "ExpandBackward0"
 
 
+def mixes(op: Operation) -> bool:
+    """Whether entries of a tensor that holds the samples are put together with weights that the samples share."""
+    meets = any([need and axis is None for need, axis in zip(op.needs, op.axes_seen, strict=True)])
+    return meets and not _broadcasts(op)
+
+
 def _summed(op: Operation, raw: Tensor, axis: Axis, i: int, n: int) -> Dense:
     """Products of the output's shape, summed over what was broadcast, but not over samples."""
     if raw.dtype != op.inputs[i].dtype:

@@ -65,15 +65,15 @@ class Residual(Wave):
 
 @dataclass(frozen=True)
 class Split:
-    """A wave diag(h) + Σᵥ Sᵥ Sᵥᵀ."""
+    """A wave diag(h) + Σᵥ Sᵥ Sᵥᵀ; the columns by source."""
 
     columns: dict[Any, Any] | None
-    h: Any
+    h: Any = ZERO
 
-    def diagonal(self) -> Tensor | None:
+    def diagonal(self) -> Any:
         terms = [squared(value) for value in (self.columns or {}).values()]
-        terms += [] if self.h is ZERO or self.h is None else [self.h]
-        return sum(terms[1:], start=terms[0]) if terms else None
+        terms += [] if self.h is ZERO else [self.h]
+        return sum(terms[1:], start=terms[0]) if terms else ZERO
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,16 @@ class LastLayer(Wave):
         given = [None] * len(g) if self.gauss_newton and below_loss else g
         h = RESIDUAL.step(op, given, [None if w is None else w.h for w in wave])
         h = [*h, *[None] * (len(op.edges) - len(h))]
-        found = [None if a is b is None else Split(a, b) for a, b in zip(columns, h, strict=True)]
+        found = [
+            None if a is b is None else Split(a, ZERO if b is None else b) for a, b in zip(columns, h, strict=True)
+        ]
         return [w and Split(None, w.diagonal()) for w in found] if mixes(op) else found
 
     def add(self, a: Split, b: Split) -> Split:
-        columns = FACTOR.add(a.columns or {}, b.columns or {})
-        return Split(columns, b.h if a.h is None else a.h if b.h is None else RESIDUAL.add(a.h, b.h))
+        return Split(FACTOR.add(a.columns or {}, b.columns or {}), RESIDUAL.add(a.h, b.h))
 
     def reduced(self, op: Operation, wave: Split, i: int) -> Split:
-        return Split(wave.columns, None if wave.h is None else RESIDUAL.reduced(op, wave.h, i))
+        return Split(wave.columns, RESIDUAL.reduced(op, wave.h, i))
 
 
 FACTOR, RESIDUAL = Factor(), Residual()
@@ -169,8 +170,9 @@ class HesScale(Quantity):
     def read(self, target: Target, *arrived: Any) -> Tensor | None:
         if self.ggn is None:
             return arrived[0]  # type: ignore[no-any-return]
-        wave = arrived[0] if self.ggn == "last_layer" else Split(*arrived)
-        return None if wave is None else wave.diagonal()
+        wave = arrived[0] if self.ggn == "last_layer" else Split(arrived[0], ZERO if arrived[1] is None else arrived[1])
+        h = None if wave is None else wave.diagonal()
+        return None if h is ZERO else h
 
 
 @dataclass(frozen=True)
