@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -159,6 +160,8 @@ class extend(TorchFunctionMode):
                 loss.backward(**arguments)
         except CheckpointError as error:
             raise CurvatureError(_CHECKPOINTED) from error
+        finally:
+            reader.unhook()
         failure = failure or reader.failure or _failure(sweep)
         if failure is None and not targets:
             failure = CurvatureError(_unreached(self.tensors, inputs))
@@ -204,6 +207,7 @@ class _Reader:
         self.whole: dict[Edge, dict[str, Any]] = {}
         self.read: dict[Edge, list[tuple[Any, Any]]] = {}
         self.failure: Exception | None = None
+        self.handles: list[Any] = []
 
     def products(self, loss: Tensor, gradient: Tensor | None) -> None:
         """What needs the whole graph, before the backward pass frees it."""
@@ -216,7 +220,24 @@ class _Reader:
                     self.whole.setdefault(edge, {})[quantity.savefield] = value
 
     def arrive(self, edge: Edge, waves: Sequence[Any]) -> None:
-        """All that this target will get."""
+        """All that this target will get, but for its gradient, which comes next."""
+        target = self.targets[edge]
+        if target.tensor.is_leaf and any(quantity.total for quantity in self.block.asked[target.names[0]]):
+            self.handles.append(target.tensor.register_hook(partial(self._with_gradient, edge, waves)))
+        else:
+            self._read(edge, waves)
+
+    def _with_gradient(self, edge: Edge, waves: Sequence[Any], gradient: Tensor) -> None:
+        if self.failure is None:
+            try:
+                with torch.no_grad():
+                    self.targets[edge].gradient = gradient.detach()
+                    self._read(edge, waves)
+            except Exception as error:
+                self.failure = error
+        self.targets[edge].gradient = None
+
+    def _read(self, edge: Edge, waves: Sequence[Any]) -> None:
         block, target = self.block, self.targets[edge]
         # results of an earlier block: let go of one by one, so that their memory is reused while it is warm
         target.earlier = block.earlier.pop(id(target.tensor), {})
@@ -257,6 +278,10 @@ class _Reader:
             for name in target.names:
                 self.block.results[quantity.savefield][name] = value
             setattr(target.tensor, quantity.savefield, value)
+
+    def unhook(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
     def commit(self) -> None:
         for edge in self.targets:  # in the order of the parameters, not of arrival

@@ -22,6 +22,7 @@ class Saved(ABC):
     """Something that is left on a tensor as the attribute ``savefield``."""
 
     savefield: ClassVar[str]
+    total: ClassVar[bool] = False  # whether it reads ``target.gradient``
 
     def add(self, a: Any, b: Any) -> Any:
         """What several backward passes of one block give together: that of the sum of their losses."""
@@ -70,12 +71,16 @@ class Quantity(Saved):
 
 @dataclass
 class Target:
-    """A tensor that results are left on: itself, its names, and, if a wave asked, where its samples are."""
+    """A tensor that results are left on: itself, its names, and, if a wave asked, where its samples are.
+
+    ``gradient`` is that of this backward pass while a quantity with ``total`` reads, if the tensor is a leaf.
+    """
 
     tensor: Tensor
     names: list[str]
     n: int | None = None
     axis: Any = None
+    gradient: Tensor | None = None
     earlier: dict[str, list[Any]] = field(default_factory=dict)
 
     def memory(self, savefield: str, *shape: int) -> Tensor | None:

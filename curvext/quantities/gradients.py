@@ -95,9 +95,11 @@ class Variance(_FirstOrder):
     """Variance of the samples' gradients, entry by entry, ``P``: 1/N Σ_n g_n² - (1/N Σ_n g_n)²."""
 
     savefield = "variance"
+    total = True
 
     def of(self, gradients: PerSample, target: Target) -> tuple[int, Tensor, Tensor]:
-        return gradients.size[1], gradients.sums()[0], gradients.squares()
+        total = gradients.sums()[0] if target.gradient is None else target.gradient
+        return gradients.size[1], total, gradients.squares()
 
     def add(self, a: Any, b: Any) -> Any:
         return tuple(x + y for x, y in zip(a, b, strict=True))
