@@ -91,6 +91,11 @@ class PerSample(ABC):
         rows = self.dense().unsqueeze(2).flatten(2).flatten(0, 1)
         return rows.mT @ rows
 
+    def product(self, vectors: Tensor) -> Tensor:
+        """Σ_v Σ_n [v, n] ⟨[v, n], u⟩ for every u of ``vectors [U, *shape]``."""
+        rows = self.dense().unsqueeze(2).flatten(2).flatten(0, 1)
+        return (vectors.reshape(len(vectors), -1) @ rows.mT @ rows).view_as(vectors)
+
     def plus(self, other: PerSample) -> PerSample:
         """Their sum: one tensor used in two places."""
         return Dense(self.dense() + other.dense())
@@ -146,7 +151,7 @@ class Outer(PerSample):
     Args:
         s: the wave at the output of the linear map, ``[V, N, G, T, O]``: G groups, T positions, O features each.
         x: the input of the map, ``[N, G, T, I]``.
-        shape: of the tensor; its entries are those of ``[G·O, I]`` in order, or of ``[I, O]`` if ``flipped``.
+        shape: of the tensor; its entries are those of ``[G, O, I]`` in order, or of ``[G, I, O]`` if ``flipped``.
         flipped: whether the input's features come first.
     """
 
@@ -175,7 +180,7 @@ class Outer(PerSample):
     def dense(self, out: Tensor | None = None) -> Tensor:
         groups, o, i = self.s.shape[2], self.s.shape[4], self.x.shape[3]
         if out is not None:
-            out = out.view(*self.size, i, o).mT.unsqueeze(2) if self.flipped else out.view(*self.size, groups, o, i)
+            out = out.view(*self.size, groups, i, o).mT if self.flipped else out.view(*self.size, groups, o, i)
         multiply = torch.mul if self.positions == 1 else torch.matmul
         return self._laid(multiply(self.s.mT, self.x, out=out))
 
@@ -219,6 +224,16 @@ class Outer(PerSample):
             return super().gram()
         s, x = self.s.flatten(0, 1).flatten(1), self.x.flatten(1)
         return (s @ s.mT).view(v, n, v, n) * (x @ x.mT).unsqueeze(1)
+
+    def product(self, vectors: Tensor) -> Tensor:
+        groups, o, i = self.s.shape[2], self.s.shape[4], self.x.shape[3]
+        sizes = (i, o) if self.flipped else (o, i)
+        matrices = vectors.reshape(-1, groups, *sizes)
+        matrices = matrices.mT if self.flipped else matrices  # U G O I
+        seen = self.x @ matrices.mT.unsqueeze(1)  # U N G T O
+        inner = torch.einsum("vngto,ungto->uvn", self.s, seen)
+        waves = torch.einsum("uvn,vngto->ugont", inner, self.s)
+        return self._laid(waves.flatten(3) @ self.x.transpose(0, 1).flatten(1, 2))
 
     def select(self, samples: Sequence[int]) -> Outer:
         return replace(self, s=self.s[:, list(samples)], x=self.x[list(samples)])
