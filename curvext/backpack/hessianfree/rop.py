@@ -13,13 +13,13 @@ def R_op(ys: Any, xs: Any, vs: Any, retain_graph: bool = True, detach: bool = Tr
     """Jv, J = ∂ys/∂xs, one tensor for each of ``ys``: w -> Jᵀw is linear, and the transpose of its Jacobian is J."""
     ys, xs, vs = _several(ys), _several(xs), _several(vs)
     ws = [torch.zeros_like(y, requires_grad=True) for y in ys]
-    rows = torch.autograd.grad(ys, xs, ws, create_graph=True, retain_graph=retain_graph, materialize_grads=True)
-    pairs = [(row, v) for row, v in zip(rows, vs, strict=True) if row.requires_grad]
-    if not pairs:
-        return tuple(torch.zeros_like(y, requires_grad=False) for y in ys)
-    rows, vs = zip(*pairs, strict=True)
-    products = torch.autograd.grad(rows, ws, vs, create_graph=not detach, retain_graph=True, materialize_grads=True)
-    return tuple(p.detach() for p in products) if detach else products
+    used = [(y, w) for y, w in zip(ys, ws, strict=True) if y.requires_grad]
+    rows = torch.autograd.grad(
+        [y for y, _ in used], xs, [w for _, w in used], retain_graph, create_graph=True, allow_unused=True
+    )
+    pairs = [(row, v) for row, v in zip(rows, vs, strict=True) if row is not None and row.requires_grad]
+    rows, vs = [row for row, _ in pairs], [v for _, v in pairs]
+    return torch.autograd.grad(rows, ws, vs, retain_graph=True, create_graph=not detach, materialize_grads=True)
 
 
 def _several(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
