@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from .errors import CurvatureError
 from .graph import Edge, Graph, nearest
+from .output import seeds
 from .quantities import HesScale
 from .quantities.base import Quantity, Selected, Target, WholeGraph
 from .samples import Samples
@@ -148,6 +149,8 @@ class extend(TorchFunctionMode):
         """``loss.backward(...)`` with a sweep around it; whatever fails in the sweep is raised after it."""
         self.backwards += 1
         arguments = {"gradient": gradient, "retain_graph": retain_graph, "create_graph": create_graph, "inputs": inputs}
+        if any(getattr(entry.quantity, "retains", False) for entry in self.entries):
+            arguments["retain_graph"] = True
         if loss.grad_fn is None:
             return loss.backward(**arguments)  # torch's own error, or a leaf, which has no curvature
         graph = Graph([loss.grad_fn])
@@ -191,6 +194,7 @@ class extend(TorchFunctionMode):
                 samples.follow()
                 for edge, target in sweep.targets.items():
                     target.n, target.axis = samples.n, samples.axes.get(edge)
+                sweep.seeds = seeds(sweep.operations, self.waves, loss, gradient)
             reader.products(loss, gradient)
         except CurvatureError as error:
             at = samples.at

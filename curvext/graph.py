@@ -62,6 +62,8 @@ class Operation:
         self.axes_in: tuple[Any, ...] = ()
         self.axes_seen: tuple[Any, ...] = ()  # of every input as this operation sees it: others may disagree
         self.summed = True  # whether the samples are summed already
+        #: Whether it is part of the loss, by :func:`curvext.output`: a tensor so marked is below.
+        self.above = False
         #: Whether one tensor enters this operation more than once.
         self.coincident = len(edges) > 1 and len(set(edges)) < len(edges) and any(len(g) > 1 for g in self.groups)
 

@@ -24,6 +24,8 @@ class LossHessian(ABC):
     Factors are for a B without negative eigenvalues; :meth:`part` makes one of any.
     """
 
+    whole: bool = False  # whether all samples are taken as one, as B has entries between them
+
     @abstractmethod
     def part(self, of: Callable[[Tensor], Tensor]) -> LossHessian:
         """The same with other eigenvalues: ``of`` is :func:`convex`, :func:`positive` or :func:`negative`."""
@@ -131,6 +133,7 @@ class DenseHessian(LossHessian):
     values: Tensor
     vectors: Tensor
     shape: Sequence[int]
+    whole: bool = False
 
     def part(self, of: Callable[[Tensor], Tensor]) -> DenseHessian:
         return replace(self, values=of(self.values))

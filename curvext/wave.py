@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .graph import Operation
+from .graph import Edge, Operation
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Wave(ABC):
     @abstractmethod
     def step(self, op: Operation, g: Sequence[Tensor | None], wave: Sequence[Any]) -> Sequence[Any]:
         """The waves at the operation's inputs, given gradients and waves at its outputs."""
+
+    def seeds(self, output: Any) -> Mapping[Edge, Any]:
+        """Where it starts at tensors marked by :func:`curvext.output`; ``output`` has the loss's Hessian in them."""
+        return {}
 
     def needs_gradient(self, op: Operation) -> bool:
         """Whether :meth:`step` uses the gradient here; operations where it does not need no hook."""

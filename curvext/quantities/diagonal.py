@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..diagonal import Waves, bends, pass_diagonal
 from ..factor import mixes
-from ..graph import Operation
+from ..graph import Edge, Operation
+from ..output import Output
+from ..sources import is_layer, starts
 from ..wave import Wave
 from .base import Carried, Quantity, Target
 from .waves import Factor, squared
@@ -50,11 +52,18 @@ class Residual(Wave):
         return bends(op)
 
     def step(self, op: Operation, g: Waves, wave: Sequence[Any]) -> Sequence[Any]:
-        if all(h is None for h in wave):
-            return [None if h is None else ZERO for h in pass_diagonal(op, g, wave)]
-        passed = pass_diagonal(op, g, [None if h is ZERO else h for h in wave])
+        reached = any(h is not None for h in wave)
+        loss = starts(op, reached)  # then the second term belongs to the loss's Hessian
+        given = g if loss is not reached else [None] * len(g)
+        passed = pass_diagonal(op, given, [None if h is ZERO else h for h in wave])
         passed = [*passed, *[None] * (len(op.edges) - len(passed))]
+        if not reached:
+            below = [need and is_layer(op) for need in op.needs]
+            return [ZERO if h is not None or zero else None for h, zero in zip(passed, below, strict=True)]
         return [ZERO if h is None and need else h for h, need in zip(passed, op.needs, strict=True)]
+
+    def seeds(self, output: Output) -> dict[Edge, Any]:
+        return {(op.node, 0): ZERO for op in output.marks}
 
     def add(self, a: Any, b: Any) -> Any:
         return b if a is ZERO else a if b is ZERO else a + b
@@ -99,6 +108,9 @@ class LastLayer(Wave):
             None if a is b is None else Split(a, ZERO if b is None else b) for a, b in zip(columns, h, strict=True)
         ]
         return [w and Split(None, w.diagonal()) for w in found] if mixes(op) else found
+
+    def seeds(self, output: Output) -> dict[Edge, Any]:
+        return {edge: Split(columns) for edge, columns in FACTOR.seeds(output).items()}
 
     def add(self, a: Split, b: Split) -> Split:
         return Split(FACTOR.add(a.columns or {}, b.columns or {}), RESIDUAL.add(a.h, b.h))

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..factor import Diagonal, Whole, across, at_target, part, pass_columns, reduced_columns
-from ..graph import Operation
+from ..graph import Edge, Operation
 from ..hessians import DiagonalHessian, LossHessian, convex
+from ..output import Output, convex_in_output
 from ..persample import Dense, PerSample
 from ..samples import BATCH, Axis, masked
-from ..sources import loss_hessian, may_start
+from ..sources import is_layer, loss_hessian, may_start, starts
 from ..wave import Wave
 from .base import Target
 
@@ -33,37 +34,36 @@ class SampleGradients(Wave):
     by_sample = True
 
     def needs_gradient(self, op: Operation) -> bool:
-        return any(
-            need and (axis is None or end) for need, axis, end in zip(op.needs, op.axes_seen, op.ends, strict=True)
-        )
+        return any(parting or masking for parting, masking in self._places(op))
 
     def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
         found: list[Any] = [None] * len(op.edges)
-        if any(isinstance(w, PerSample) for w in wave):
-            for i, value in across(op, wave).items():
-                found[i] = value
-            return found
         if any(isinstance(w, _Unowned) for w in wave) or (op.summed and any(v is not None for v in g)):
-            return [_Unowned() if need and axis is None else None for need, axis in self._places(op)]
+            return [_Unowned() if parting else None for parting, _ in self._places(op)]
         columns = [
             None if v is None or axis is None else v.detach().unsqueeze(0)
             for v, axis in zip(g, op.axes_out, strict=True)
         ]
+        if any(isinstance(w, PerSample) for w in wave):
+            for i, value in across(op, [c if w is None else w for c, w in zip(columns, wave, strict=True)]).items():
+                found[i] = value
+            return found
         if not any(c is not None for c in columns):
             return found
-        parting = [need and axis is None for need, axis in self._places(op)]
+        parting, masking = zip(*self._places(op), strict=True)
         if any(parting):
             for i, value in part(op, columns, parting).items():
                 found[i] = value
-        ends = [end and axis is not None for end, axis in zip(op.ends, op.axes_seen, strict=True)]
-        for i, c in enumerate(pass_columns(op, columns, ends)):
+        for i, c in enumerate(pass_columns(op, columns, masking)):
             if c is not None:
                 found[i] = Dense(masked(reduced_columns(op, c, i), op.axes_seen[i], op.n_samples))
         return found
 
     @staticmethod
-    def _places(op: Operation) -> list[tuple[bool, Any]]:
-        return list(zip(op.needs, op.axes_seen, strict=True))
+    def _places(op: Operation) -> list[tuple[bool, bool]]:
+        """By input: whether samples part here, and whether it holds them but is read, or counts as shared, below."""
+        places = zip(op.needs, op.axes_seen, op.axes_in, op.ends, strict=True)
+        return [(need and s is None, need and s is not None and (end or a is None)) for need, s, a, end in places]
 
     def add(self, a: Any, b: Any) -> Any:
         if isinstance(a, _Unowned) or isinstance(b, _Unowned):
@@ -91,7 +91,8 @@ def owned(value: Any, what: str) -> PerSample | None:
 
 @dataclass(frozen=True)
 class Factor(Wave):
-    """The factor wave; see :mod:`curvext.factor`. Values are dicts by source, as columns of two sources are not added.
+    """The factor wave; see :mod:`curvext.factor`. Values are dicts by source, as columns of two sources are not added;
+    an empty one is zero, below the loss.
 
     Args:
         kind: ``"fewest"`` columns or ``"columns"``, one for every output, both exact; ``"draws"``: random ones;
@@ -107,22 +108,29 @@ class Factor(Wave):
         return may_start(op)
 
     def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
-        found: list[Any] = [None] * len(op.edges)
-        sources = {source: None for values in wave if values for source in values}
-        if not sources:
+        reached = any(values is not None for values in wave)
+        found: list[Any] = [{} if need and (reached or is_layer(op)) else None for need in op.needs]
+        if starts(op, reached):
             for i, value in self._start(op, g).items():
                 found[i] = {op.node: value}
-        for source in sources:
+        for source in {source: None for values in wave if values for source in values}:
             for i, value in across(op, [None if values is None else values.get(source) for values in wave]).items():
                 found[i] = {**(found[i] or {}), source: value}
         return found
 
     def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
-        return {i: self._columns(op, i, hessian.part(convex)) for i, hessian in loss_hessian(op, g).items()}
+        return {i: self._columns(hessian.part(convex), op, op.axes_in[i]) for i, hessian in loss_hessian(op, g).items()}
 
-    def _columns(self, op: Operation, i: int, hessian: LossHessian) -> Any:
-        axis = op.axes_in[i]
-        if axis is not None:
+    def seeds(self, output: Output) -> dict[Edge, Any]:
+        found: dict[Edge, Any] = {(op.node, 0): {} for op in output.marks}
+        for op in output.marks:
+            if op.node in output.hessians:
+                hessian = output.hessians[op.node].part(convex_in_output)
+                found[op.node, 0] = {output: self._columns(hessian, op, op.axes_out[0])}
+        return found
+
+    def _columns(self, hessian: LossHessian, op: Operation, axis: Axis | None) -> Any:
+        if axis is not None and not hessian.whole:
             return self._of(hessian, op, axis, op.n_samples)
         if isinstance(hessian, DiagonalHessian):
             return Diagonal(hessian.b)
@@ -163,9 +171,9 @@ class Arrived:
         """
         if self.whole or self.diagonal:
             raise CurvatureError(
-                f"{what}: a term of the loss that no sample owns (a penalty on the weights?) has curvature here. "
-                "DiagGGNExact, DiagGGNMC and GGNBlock include such terms; otherwise leave them to the optimizer "
-                "(weight_decay), or pass samples=1"
+                f"{what}: a term of the loss that no sample owns (a penalty on the weights, or one that mixes samples) "
+                "has curvature here. DiagGGNExact, DiagGGNMC and GGNBlock include such terms; otherwise leave a penalty "
+                "to the optimizer (weight_decay), or pass samples=1"
             )
         return joined(self.samples)
 
@@ -180,11 +188,9 @@ def squared(value: Any) -> Tensor:
     """The diagonal of Σᵥ Sᵥ Sᵥᵀ, in the tensor's shape."""
     if isinstance(value, PerSample):
         return value.squares()
-    return (
-        value.h
-        if isinstance(value, Diagonal)
-        else (value.columns if isinstance(value, Whole) else value).square().sum(0)
-    )
+    if isinstance(value, Diagonal):
+        return value.h
+    return (value.columns if isinstance(value, Whole) else value).square().sum(0)  # type: ignore[no-any-return]
 
 
 def joined(parts: Sequence[PerSample]) -> PerSample | None:

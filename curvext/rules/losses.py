@@ -5,7 +5,7 @@ The incoming h is not zero where a loss is transformed further, as in ``loss ** 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..graph import Operation
+from ..hessians import LossHessian
 from ..registry import rule
+from ..sources import Bending
 from .structure import decomposed, scale, scaling
 
 Waves = Any
@@ -112,14 +114,34 @@ def multi_margin(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     wave = None if pulled is None else pulled[0]
     if g is None or op.p == 1:
         return wave
-    x = op.self.view(-1, op.self.shape[-1])
-    t = op.target.view(-1, 1)
-    active = (op.margin - x.gather(1, t) + x > 0).to(x.dtype).scatter(1, t, 0)
-    bends = active.scatter(1, t, active.sum(1, keepdim=True))
-    c = 2 / x.shape[1] / (len(x) if op.reduction == 1 else 1)
-    weight = c * g.reshape(-1, 1) if op.weight is None else c * g.reshape(-1, 1) * op.weight[t]
-    bend = (weight * bends).view(op.self.shape)
+    active, t, weight = _margins(op, g)
+    bend = (weight * active.scatter(1, t, active.sum(1, keepdim=True))).view(op.self.shape)
     return bend if wave is None else wave + bend
+
+
+def _margins(op: Operation, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For p = 2: which terms are active ``[N, C]``, the targets ``[N, 1]``, and 2 c w_t g ``[N, 1]``."""
+    x, t = op.self.view(-1, op.self.shape[-1]), op.target.view(-1, 1)
+    active = (op.margin - x.gather(1, t) + x > 0).to(x.dtype).scatter(1, t, 0)
+    c = 2 / x.shape[1] / (len(x) if op.reduction == 1 else 1)
+    return active, t, c * g.reshape(-1, 1) if op.weight is None else c * g.reshape(-1, 1) * op.weight[t]
+
+
+@rule("MultiMarginLossBackward0", wave="source")
+def multi_margin_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHessian]:
+    """p = 1: B = 0. p = 2: B = 2 c w_t Σ (e_j - e_t)(e_j - e_t)ᵀ over the active terms j, for every sample."""
+    if op.p == 1 or g[0] is None:
+        return {}
+    active, t, weight = _margins(op, g[0])
+
+    def product(j: int, i: int, v: Tensor, batched: bool) -> Tensor:
+        v = v.view(len(v), *active.shape)
+        apart = active * (v - v.gather(2, t.expand(len(v), *t.shape)))
+        return (weight * apart.scatter_add(2, t.expand(len(v), *t.shape), -apart.sum(2, keepdim=True))).view(-1, *shape)
+
+    shape = op.self.shape
+    axes = {0: op.axes_in[0] if len(shape) > 1 else None}
+    return Bending({0: op.self}, axes, op.n_samples, product).hessians(alone=True)
 
 
 @rule("CtcLossBackward0", "CtcLossBackward1")
