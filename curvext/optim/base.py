@@ -141,15 +141,12 @@ class Objective:
         for p, v in zip(self.parameters, self.split(self.start if d is None else self.start + d), strict=True):
             p.copy_(v)
 
-    def _penalty(self) -> Any:
+    def penalty(self) -> Any:
+        """½ Σ weight_decay ‖p‖² where the parameters are now."""
         if isinstance(self.decay, float) and not self.decay:
             return 0.0
         theta = self.flat(self.parameters)
-        return (
-            0.5 * (self.decay * theta).dot(theta)
-            if isinstance(self.decay, Tensor)
-            else (0.5 * self.decay * theta.dot(theta))
-        )
+        return 0.5 * (self.decay * theta).dot(theta)
 
     def _call(self) -> tuple[Tensor, list[Tensor]]:
         """The closure's loss and outputs."""
@@ -168,7 +165,7 @@ class Objective:
         """f(θ + d); the parameters stay there."""
         self.move(d)
         loss, _ = self._call()
-        return self.sign * loss.detach() + self._penalty()
+        return self.sign * loss.detach() + self.penalty()
 
     def check_deterministic(self) -> None:
         """Raise if two evaluations at one place differ."""
@@ -184,6 +181,7 @@ class Objective:
         self.move(d)
         with torch.enable_grad():
             loss, outputs = self._call()
+            loss = loss.reshape(())
         if not loss.requires_grad:
             raise CurvatureError("the closure's loss does not depend on the parameters through a graph")
         return Point(self, loss, outputs)
@@ -194,8 +192,8 @@ class Point:
 
     def __init__(self, objective: Objective, loss: Tensor, outputs: list[Tensor]):
         self.objective = objective
-        self.graph = Linearised(Term(loss.reshape(()), outputs), objective.parameters)
-        self.value = objective.sign * loss.detach().reshape(()) + objective._penalty()
+        self.graph = Linearised(Term(loss, outputs), objective.parameters)
+        self.value = objective.sign * loss.detach() + objective.penalty()
         self.theta = objective.flat(objective.parameters)
         self.products = 0
 
@@ -211,7 +209,7 @@ class Point:
         return self.objective.sign * found + self.objective.decay * self.theta
 
     def curvature(self, kind: str = "hessian") -> Products:
-        """``"hessian"`` or ``"gauss_newton"`` (needs the closure to return ``(loss, outputs)``), weight decay included."""
+        """``"hessian"``, or ``"gauss_newton"`` of a closure that returns ``(loss, outputs)``; with weight decay."""
         if kind not in ("hessian", "gauss_newton"):
             raise ValueError(f"curvature must be 'hessian' or 'gauss_newton', got {kind!r}")
         if kind == "gauss_newton" and not self.graph.term.outputs:
@@ -235,8 +233,6 @@ class Products:
             return torch.stack([self @ column for column in v.mT], 1)
         self.point.products += 1
         pieces = objective.split(v)
-        if self.kind == "hessian":
-            found = graph.hessian(pieces)
-        else:
-            found = graph.vjp(graph.loss_hessian(graph.jvp(pieces)))
+        hessian = self.kind == "hessian"
+        found = graph.hessian(pieces) if hessian else graph.vjp(graph.loss_hessian(graph.jvp(pieces)))
         return objective.sign * objective.flat(found) + objective.decay * v
