@@ -7,13 +7,17 @@ With that option every entry of J is divided by it, so the diagonal is divided b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..graph import Operation
+from ..persample import PerSample
 from ..registry import rule
+from ..rows import Rows
+from ..samples import front
 from .structure import scaling, select
 
 SUM, MEAN, MAX = range(3)  # modes of EmbeddingBag, as its node saves them
@@ -30,6 +34,19 @@ def embedding(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     rows = int(op.weight_sym_argsize_0)
     wave = torch.ops.aten.embedding_dense_backward(h, op.indices, rows, op.padding_idx, False)
     return wave / _uses(op.indices.flatten(), rows, h).square().unsqueeze(1)
+
+
+@rule("EmbeddingBackward0", wave="shared")
+def embedding_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """Each row gets the waves of the places where it was looked up, apart by sample; that of padding gets none."""
+    axis, n, indices = op.axes_out[0], op.n_samples, op.indices
+    if axis.dim >= indices.dim():
+        return {}
+    s = s * (indices != op.padding_idx).unsqueeze(-1)
+    if op.scale_grad_by_freq:
+        s = s / _uses(indices.flatten(), int(op.weight_sym_argsize_0), s)[indices].unsqueeze(-1)
+    waves = front(s, axis, n, 1).flatten(2, -2)
+    return {0: Rows(waves, front(indices, axis, n).flatten(1), tuple(op.inputs[0].shape))}
 
 
 def _uses(indices: Tensor, rows: int, like: Tensor) -> Tensor:
