@@ -1,0 +1,83 @@
+"""MINRES: symmetric systems, indefinite and singular ones included."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from .solution import Solution, check, damped, preconditioned
+
+
+def minres(
+    operator: Any,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    preconditioner: Any = None,
+    tolerance: float = 1e-6,
+    steps: int | None = None,
+) -> Solution:
+    """The x of the Krylov space that makes ‖b - (A + δ I) x‖ smallest, A symmetric, whatever its signs.
+
+    One product a step, seven vectors. For a singular A and a b outside its range the residual cannot vanish; then it
+    ends with ``reason="least squares"`` and ``converged=False``, where Ar is nothing beside ‖A‖ ‖r‖.
+
+    Args:
+        operator: A, anything with ``.shape`` and ``@``.
+        b: ``[P]``.
+        damping: δ.
+        preconditioner: M, symmetric positive definite: an operator, a matrix, or a diagonal ``[P]``. Residuals are then
+            measured as (rᵀMr)^½.
+        tolerance: of the residual relative to b's, and of ‖Ar‖ relative to ‖A‖ ‖r‖.
+        steps: at most; 5 P if not given.
+
+    Source: C. Paige and M. Saunders, Solution of sparse indefinite systems of linear equations, 1975.
+    """
+    check(operator, b)
+    product, precondition = damped(operator, damping), preconditioned(preconditioner, b)
+    y, before, now = precondition(b), torch.zeros_like(b), b
+    first = beta = _length(b, y)
+    x, w, w_before = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
+    cosine, sine, dbar, epsilon, phi, size = -1.0, 0.0, 0.0, 0.0, first, 0.0
+    residuals, beta_before = [first], 1.0
+    reason = "tolerance" if first == 0 else "steps"
+    limit = 5 * len(b) if steps is None else steps
+    while reason == "steps" and len(residuals) <= limit:
+        # Lanczos: A v = beta_before v_before + alpha v + beta v_next, with v = y / beta
+        v = y / beta
+        z = product(v) - beta / beta_before * before
+        alpha = float(v @ z)
+        before, now = now, z - alpha / beta * now
+        y = precondition(now)
+        beta_before, beta = beta, _length(now, y)
+        # two rotations make T triangular
+        delta, gbar = cosine * dbar + sine * alpha, sine * dbar - cosine * alpha
+        epsilon_before, epsilon, dbar = epsilon, sine * beta, -cosine * beta
+        normal = math.hypot(gbar, dbar)  # ‖A r‖ / ‖r‖ before this step
+        gamma = math.hypot(gbar, beta)
+        size = max(size, abs(alpha) + beta + (beta_before if len(residuals) > 1 else 0.0))
+        if normal <= tolerance * size:
+            reason = "least squares"
+            break
+        cosine, sine = gbar / gamma, beta / gamma
+        w_before, w = w, (v - epsilon_before * w_before - delta * w) / gamma
+        x = x + cosine * phi * w
+        phi *= sine
+        residuals.append(phi)
+        if phi <= tolerance * first:
+            reason = "tolerance"
+        elif not math.isfinite(phi):
+            reason = "not finite"
+    products = len(residuals) - 1 + (reason == "least squares")
+    return Solution(x, torch.tensor(residuals, dtype=b.dtype), reason == "tolerance", products, reason)
+
+
+def _length(r: Tensor, y: Tensor) -> float:
+    square = float(r @ y)
+    if square < 0:
+        raise CurvatureError("minres: rᵀMr < 0, so the preconditioner is not positive definite")
+    return math.sqrt(square)
