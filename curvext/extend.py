@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
@@ -68,7 +68,9 @@ class extend(TorchFunctionMode):
         only: restricts all quantities: globs over parameter names (a module's name stands for all below it), module
             classes, or predicates ``(name, parameter) -> bool``; one or a list.
         samples: the number N of samples, for quantities that tell samples apart; by default the size of the leading
-            dimension of the tensor that the loss sums up. ``samples=1`` treats the batch as one sample.
+            dimension of the tensor that the loss sums up. ``samples=1`` treats the batch as one sample. If that
+            dimension is N·T (token losses), T consecutive rows belong to a sample; every N-th one, if that is the
+            only way in which the model's own reshapes fit.
         extension_hook: called with each parameter as soon as its quantities are on it, before ``p.grad`` is complete:
             to reduce them early; what it deletes from parameters is freed.
         generator: source of random probes and Monte-Carlo draws.
@@ -192,6 +194,8 @@ class extend(TorchFunctionMode):
         try:
             if any(wave.by_sample for wave in self.waves):
                 samples.follow()
+                if samples.doubt and any(entry.quantity.per_sample for entry in self.entries):
+                    raise CurvatureError(_doubtful(samples.doubt))
                 for edge, target in sweep.targets.items():
                     target.n, target.axis = samples.n, samples.axes.get(edge)
                 sweep.seeds = seeds(sweep.operations, self.waves, loss, gradient)
@@ -329,6 +333,13 @@ def _located(error: Exception, where: tuple[Any, Any] | None) -> CurvatureError:
         f"{place}its curvature rule failed with {type(error).__name__}: {error}. Gradients are as without the "
         "block. Compare the rule with the default by curvext.testing.check_rule, or remove it with curvext.unregister, "
         "and the default takes its place."
+    )
+
+
+def _doubtful(sizes: Collection[int]) -> str:
+    return (
+        f"extend: the loss adds up tensors whose leading dimensions are {' and '.join(map(str, sorted(sizes)))}, so "
+        "that it cannot be told how many samples there are; pass samples="
     )
 
 

@@ -117,9 +117,10 @@ def reduced_columns(op: Operation, columns: Tensor, i: int) -> Tensor:
 
 def across(op: Operation, values: Sequence[Any]) -> dict[int, Any]:
     """What an operation's inputs get, by input, from columns of one source at its outputs."""
+    if any(isinstance(value, PerSample) for value in values):
+        places = zip(values, op.axes_out, strict=True)
+        return _shared(op, [at_target(value, axis, op.n_samples) for value, axis in places])
     present = next(value for value in values if value is not None)
-    if isinstance(present, PerSample):
-        return _shared(op, values)
     if isinstance(present, Diagonal):
         return present.through(op)
     wanted = [need and axis is not None for need, axis in zip(op.needs, op.axes_seen, strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from . import registry
+from .errors import CurvatureError
 from .graph import Edge, Operation
 
 
@@ -72,6 +73,8 @@ def masked(columns: Tensor, axis: Axis, n: int) -> Tensor:
 class Samples:
     """The axis of every tensor that matters, for one loss.
 
+    If the loss sums up N·T rows, T consecutive ones belong to a sample, unless the rows are next seen as ``[T, N]``.
+
     Args:
         operations: of the graph, roots first.
         n: the number of samples; ``None``: the size of the leading dimension of the tensor that the loss sums up.
@@ -79,6 +82,7 @@ class Samples:
     Attributes:
         n: the number of samples; ``None`` if the loss sums up nothing.
         axes: for every edge below the place where samples are summed: its axis, or ``None`` if it is shared.
+        doubt: the leading dimensions, if ``n`` was not given and the loss sums up tensors that differ in them.
     """
 
     def __init__(self, operations: Sequence[Operation], targets: Collection[Edge], n: int | None = None):
@@ -86,6 +90,9 @@ class Samples:
         self.terms: set[Edge] = set()  # what the loss sums up but no sample enters, such as a penalty on weights
         self.axes: dict[Edge, State] = {}
         self.at: Operation | None = None  # where the samples are being followed
+        self.interleaved = False  # whether rows n, n + N, ... of the loss belong to sample n
+        self.single = False  # whether there is one sample: sizes of 1 need not come from a sum
+        self.doubt: set[int] = set()
 
     def follow(self) -> None:
         """Find the axes, and tell every operation.
@@ -108,72 +115,138 @@ class Samples:
         self.axes = {}
         self.seen: dict[Node, Sequence[State]] = {}
         self.origin: dict[Edge, Edge] = {}
+        self.claims: dict[Edge, set[tuple[Edge, bool]]] = {}  # by leaf: who uses it, and whether as rows of samples
+        self.flat: set[Edge] = set()  # where a sample's rows are still rows of the loss
         for op in self.operations:
-            places = [(op.node, k) for k in range(len(op.outputs))]
-            above = [edge for edge in places if isinstance(self.axes.get(edge), Axis)]
-            shared = any(edge in self.axes for edge in places)
-            if self.given != 1 and not shared:
-                again = self._begin(op)
-                if again:
+            above = [edge for k in range(len(op.outputs)) if (edge := (op.node, k)) in self.axes]
+            if self.given != 1 and not above:
+                if self._begin(op):
                     return False
                 continue
-            states = self._across(op) if above or self.given == 1 else [None] * len(op.edges)
+            states = self._across(op, above)
+            if states is None:
+                return False
             self.seen[op.node] = states
-            for i, state in enumerate(states):
-                if op.needs[i]:
-                    self._meet(op.edges[i], state, self.origin.get(above[0]) if above else None)
-        return not self._penalties()
+            for edge, state, needed in zip(op.edges, states, op.needs, strict=True):
+                if needed:
+                    self._meet(edge, state, self.origin.get(above[0]) if above else None)
+        return not self._penalties() and not self._single()
 
-    def _across(self, op: Operation) -> Sequence[State]:
+    def _across(self, op: Operation, above: Sequence[Edge]) -> Sequence[State] | None:
+        """The axes of an operation's inputs; ``None``: the rows of the loss must be understood the other way round."""
         self.at = op
         if self.given == 1:
             return [BATCH] * len(op.edges)
+        if any(self.axes[edge] is None for edge in above):
+            return [None] * len(op.edges)
+        assert self.n is not None
         out = [self.axes.get((op.node, k)) for k in range(len(op.outputs))]
         rule = registry.find(op, "samples")
-        assert self.n is not None
-        return probe(op, out, self.n) if rule is None else rule.function(op, out, self.n)
+        states = probe(op, out, self.n) if rule is None else rule.function(op, out, self.n)
+        return states if self.flat.isdisjoint(above) else self._unflatten(op, states)
+
+    def _unflatten(self, op: Operation, states: Sequence[State]) -> Sequence[State] | None:
+        """As :meth:`_across`, where a sample's rows are rows of the loss."""
+        if not self._shown(op, states):
+            if self.interleaved:
+                raise CurvatureError(
+                    "the loss sums up rows of which several belong to a sample, and here it cannot be told which of "
+                    f"the {self.n} samples a row belongs to. Without samples= every row counts as a sample"
+                )
+            self.interleaved = True
+            return None
+        for edge, state, meta in zip(op.edges, states, op.inputs, strict=True):
+            if state is not None and meta is not None and meta.shape[state.dim] != self.n:
+                self.flat.add(edge)
+        return states
+
+    def _shown(self, op: Operation, states: Sequence[State]) -> bool:
+        """Whether an operation that moves the entries of one input leaves the samples in a dimension of that input,
+
+        or in one of their number, if interleaved rows would be in one.
+        """
+        rule = registry.find(op, "samples")
+        view = rule is not None and rule.function.__name__ == "reshaped"
+        if len(op.edges) != 1 or op.inputs[0] is None or (rule is not None and not view):
+            return True
+        (state,), shape = states, op.inputs[0].shape
+        if state is None or self.interleaved or not view or shape[state.dim] == self.n:
+            return state is not None or prod(shape) < max(prod(meta.shape) for meta in op.outputs)
+        assert rule is not None
+        (other,) = rule.function(op, [Axis(self.axes[op.node, 0].dim)], self.n)  # type: ignore[union-attr]
+        return other is None or shape[other.dim] != self.n
 
     def _begin(self, op: Operation) -> bool:
-        """The samples are summed by this operation or below it; True if there are fewer than was thought."""
+        """The samples are summed by this operation or below it; True if their number is not what was thought."""
         for i, edge in enumerate(op.edges):
             if not op.needs[i]:
                 continue
             shape = op.inputs[i].shape
             if edge in self.terms:
-                self._meet(edge, None, None)
-            elif prod(shape) and (len(shape) > 1 or prod(shape) > 1 or (shape and not edge[0].next_functions)):
-                if self.n is None:
-                    self.n = shape[0]
-                elif shape[0] % self.n:
-                    if self.given is None and self.n % shape[0] == 0:
-                        self.n = shape[0]
-                        return True
-                    continue
-                self._meet(edge, Axis(0, shape[0] // self.n), edge)
+                self._meet(edge, None, edge)
+            elif self._has_rows(edge, shape):
+                before = self.n
+                if self._fits(shape[0]):
+                    self._meet(edge, self._rows(edge, shape[0]), edge)
+                elif self.n != before:
+                    return True
+                else:
+                    self._meet(edge, None, edge)
         return False
+
+    def _has_rows(self, edge: Edge, shape: Sequence[int]) -> bool:
+        """Whether a tensor may have rows of samples; a single number is a sum of them, unless there is one sample."""
+        if prod(shape) != 1:
+            return prod(shape) > 1
+        return len(shape) > 1 or (len(shape) == 1 and (self.single or not edge[0].next_functions))
+
+    def _fits(self, rows: int) -> bool:
+        """Whether there are so many rows of samples; if N was not given, it is a number that divides all of them."""
+        if self.n is None:
+            self.n = rows
+        if self.given is None and rows != self.n and rows > 1:
+            if self.n > 1 and 0 in (rows % self.n, self.n % rows):
+                self.doubt |= {rows, self.n}
+            if self.n == 1 or self.n % rows == 0:
+                self.n = rows
+                return False
+        return rows % self.n == 0
+
+    def _rows(self, edge: Edge, rows: int) -> Axis:
+        assert self.n is not None
+        if rows != self.n:
+            self.flat.add(edge)
+        return Axis(0, 1 if self.interleaved else rows // self.n)
 
     def _meet(self, edge: Edge, state: State, origin: Edge | None) -> None:
         """Two users of a tensor who see its samples in different places: it counts as shared, which is always right."""
+        if origin is not None:
+            self.origin.setdefault(edge, origin)
+            if not edge[0].next_functions:
+                self.claims.setdefault(edge, set()).add((origin, state is not None))
         if edge in self.axes and self.axes[edge] != state:
             state = None
         self.axes[edge] = state
-        if origin is not None:
-            self.origin.setdefault(edge, origin)
 
     def _penalties(self) -> bool:
         """Whether what was taken for samples are entries of a parameter: that term is a function of it alone."""
-        found = {
-            self.origin[edge]
-            for edge, state in self.axes.items()
-            if isinstance(state, Axis)
-            and edge in self.origin
-            and isinstance(getattr(edge[0], "variable", None), nn.Parameter)
-        }
-        if self.given == 1 or not found:
+        if self.n == 1:  # every broadcast parameter has a row for the one sample
             return False
+        found: set[Edge] = set()
+        for (leaf, _), claims in self.claims.items():
+            rows, shared = ({origin for origin, held in claims if held is kind} for kind in (True, False))
+            if isinstance(getattr(leaf, "variable", None), nn.Parameter) or shared - rows:
+                found |= rows
+        found -= self.terms
         self.terms |= found
-        self.n = self.given
-        return True
+        self.n = self.given if found else self.n
+        self.doubt = set() if found else self.doubt
+        return bool(found)
+
+    def _single(self) -> bool:
+        """Whether it turned out that there is one sample."""
+        found, self.single = self.n == 1 and not self.single, self.n == 1
+        return found
 
 
 PROBED = 1e-2  # how far from a whole number a label may come out

@@ -178,6 +178,138 @@ class TestGraphs:
         classified(Of(forward, w=nn.Linear(3, 3), u=nn.Linear(4, 3), head=nn.Linear(3, 3)), torch.randn(N, 4))
 
 
+class TestSamplesThatMeet:
+    """Where samples depend on each other, the gradient of ``parts`` still is that of one sample's part of the loss."""
+
+    def test_a_contrastive_loss(self):
+        model = Of(lambda m, x: (lambda z: z @ z.t())(m.a(x)), a=models.mlp())
+        check(model, torch.randn(N, 4), lambda z: F.cross_entropy(z, torch.arange(N)),
+              lambda z: F.cross_entropy(z, torch.arange(N), reduction="none") / N)  # fmt: skip
+
+    def test_two_towers_that_are_compared(self):
+        model = Of(
+            lambda m, x, y: F.normalize(m.a(x)) @ F.normalize(m.b(y)).t() * m.scale.exp(),
+            **{"a": models.mlp(), "b": nn.Linear(4, 3), "scale": nn.Parameter(torch.tensor(0.3))},
+        )
+        check(model, (torch.randn(N, 4), torch.randn(N, 4)), lambda z: F.cross_entropy(z, torch.arange(N)),
+              lambda z: F.cross_entropy(z, torch.arange(N), reduction="none") / N)  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "between",
+        [
+            pytest.param(lambda h: (h - h.mean(0)) / h.std(0), id="normalised by hand"),
+            pytest.param(lambda h: h + torch.zeros_like(h).index_add(0, torch.tensor([1, 2, 3, 0, 2]),
+                                                                     h[torch.tensor([0, 1, 2, 3, 0])]), id="messages"),
+            pytest.param(lambda h: 0.3 * h + 0.7 * h[torch.tensor([2, 0, 1, 3])], id="mixed"),
+            pytest.param(lambda h: h.flip(0) + h.roll(1, 0) + h.cumsum(0) + h.softmax(0) + h.sort(0)[0], id="moved"),
+            pytest.param(lambda h: (h @ h.t()).tanh() @ h, id="compared"),
+            pytest.param(lambda h: (h[:, :2] @ h[:, :2].t()).tanh().sum(1, keepdim=True) * h[:, 1:], id="parts"),
+            pytest.param(lambda h: (lambda a, b: (a @ a.t()).sum(1)[:, None] * b)(*h.split([1, 2], 1)), id="split"),
+            pytest.param(lambda h: torch.stack([row * 2 for row in h]), id="one by one"),
+            pytest.param(lambda h: torch.cat([h[:1].tanh(), h[1:]]), id="in two batches"),
+            pytest.param(lambda h: torch.ones(N, N).triu().to_sparse() @ h, id="a sparse product"),
+        ],
+    )  # fmt: skip
+    def test_mixing(self, between):
+        first, last = nn.Linear(4, 3), nn.LazyLinear(3)
+        last(between(first(torch.randn(N, 4))))
+        classified(Of(lambda m, x: m.last(between(m.first(x))), first=first, last=last), torch.randn(N, 4))
+
+    def test_experts(self):
+        def forward(m: Any, x: Tensor) -> Tensor:
+            gates = torch.softmax(m.router(x), 1)
+            out = torch.zeros(len(x), 3)
+            for e, expert in enumerate((m.a, m.b)):
+                mine = (gates.argmax(1) == e).nonzero().squeeze(1)
+                out = out.index_add(0, mine, expert(x[mine]) * gates[mine, e, None])
+            return out
+
+        classified(Of(forward, router=nn.Linear(4, 2), a=models.mlp(), b=nn.Linear(4, 3)), torch.randn(N, 4))
+
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_bags_of_instances(self, dim):
+        model = Of(lambda m, x: m.head(torch.tanh(m.a(x.flatten(0, 1))).view(N, N, 3).mean(dim)), a=nn.Linear(4, 3),
+                   head=nn.Linear(3, 3))  # fmt: skip
+        classified(model, torch.randn(N, N, 4))
+
+
+class TestSharedTensors:
+    """Between a parameter and the first operation that samples enter."""
+
+    def test_positions(self):
+        model = Of(
+            lambda m, x: m.head(torch.tanh(m.e(x) + m.positions(torch.arange(N))).mean(1)),
+            **{"e": nn.Embedding(6, 3), "positions": nn.Embedding(5, 3), "head": nn.Linear(3, 3)},
+        )
+        classified(model, torch.randint(0, 6, (N, N)))
+
+    def test_a_table_of_relative_positions(self):
+        index = torch.randint(0, 5, (N, N))
+
+        def forward(m: Any, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (2, 2)).transpose(1, 2)
+            bias = m.table[index.view(-1)].view(N, N, -1).permute(2, 0, 1).unsqueeze(0)
+            return m.head((torch.softmax(q @ q.mT + bias, -1) @ q).transpose(1, 2).flatten(2).mean(1))
+
+        classified(Of(forward, table=nn.Parameter(torch.randn(5, 2)), head=nn.Linear(4, 3)), torch.randn(N, N, 4))
+
+    def test_standardised_weights(self):
+        def forward(m: Any, x: Tensor) -> Tensor:
+            w = (m.w - m.w.mean((1, 2, 3), keepdim=True)) / m.w.std((1, 2, 3), keepdim=True)
+            return m.head(torch.tanh(F.conv2d(x, w, padding=1)).mean((2, 3)))
+
+        classified(Of(forward, w=nn.Parameter(torch.randn(3, 2, 3, 3)), head=nn.Linear(3, 3)), images())
+
+    def test_an_initial_state(self):
+        def forward(m: Any, x: Tensor) -> Tensor:
+            state = m.h.expand(-1, len(x), -1).contiguous(), m.c.repeat(1, len(x), 1)
+            return m.head(m.cell(x, state)[0][:, -1])
+
+        parts = dict(h=nn.Parameter(torch.randn(1, 1, 3)), c=nn.Parameter(torch.randn(1, 1, 3)))
+        classified(Of(forward, cell=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 3), **parts), sequences())
+
+    def test_prototypes(self):
+        model = Of(lambda m, x: F.cosine_similarity(m.a(x)[:, None], m.p, dim=2) - torch.cdist(m.a(x), m.p),
+                   a=nn.Linear(4, 5), p=nn.Parameter(torch.randn(3, 5)))  # fmt: skip
+        classified(model, torch.randn(N, 4))
+
+    def test_a_filter_in_the_spectrum(self):
+        def forward(m: Any, x: Tensor) -> Tensor:
+            filtered = torch.fft.irfft(torch.fft.rfft(m.a(x), dim=1) * torch.view_as_complex(m.f), n=3, dim=1)
+            return m.head(torch.fft.fft2(filtered).real.tanh().mean(1))
+
+        classified(
+            Of(forward, a=nn.Linear(4, 3), f=nn.Parameter(torch.randn(2, 3, 2)), head=nn.Linear(3, 3)), sequences()
+        )
+
+    def test_a_system_of_equations(self):
+        model = Of(lambda m, x: torch.linalg.solve(3 * torch.eye(3) + m.w, m.a(x).t()).t(), a=nn.Linear(4, 3),
+                   w=nn.Parameter(torch.randn(3, 3)))  # fmt: skip
+        classified(model, torch.randn(N, 4))
+
+    def test_an_orthogonal_layer(self):
+        layer = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
+        classified(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), layer), torch.randn(N, 4))
+
+    def test_writing_into_parts_of_a_tensor(self):
+        def forward(m: Any, x: Tensor) -> Tensor:
+            z = torch.zeros(len(x), 4)
+            z[:, :2] = m.a(x)
+            z[:, 2:] = torch.tanh(m.b(x))
+            z[:1] *= m.scale
+            return m.head(z)
+
+        parts = dict(a=nn.Linear(4, 2), b=nn.Linear(4, 2), head=nn.Linear(4, 3), scale=nn.Parameter(torch.randn(4)))
+        classified(Of(forward, **parts), torch.randn(N, 4))
+
+    def test_choosing_between_tensors(self):
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return m.head(torch.where(x[:, :3] > 0, m.a(x), m.s).clamp(max=m.t) + torch.maximum(m.a(x), m.s))
+
+        parts = dict(s=nn.Parameter(torch.randn(3)), t=nn.Parameter(torch.rand(3)))
+        classified(Of(forward, a=nn.Linear(4, 3), head=nn.Linear(3, 3), **parts), torch.randn(N, 4))
+
+
 class TestLayers:
     @pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.Softplus, nn.Mish, nn.ELU, nn.Hardswish, nn.PReLU,
                                             lambda: nn.ReLU(inplace=True), lambda: nn.LeakyReLU(0.1, inplace=True),
@@ -347,6 +479,32 @@ class TestSequences:
               lambda z: F.cross_entropy(z.transpose(1, 2), y, reduction="none").sum(1) / (y != -100).sum(),
               samples=N)  # fmt: skip
 
+    @pytest.mark.parametrize("t", [3, 2 * N])
+    def test_token_losses_of_sequences_along_the_first_dimension(self, t):
+        """The rows of the loss are positions × samples, as the reshape below them shows."""
+        y = torch.randint(0, 3, (t, N))
+        model = Of(lambda m, x: m.head(m.cell(x)[0]), cell=nn.LSTM(4, 2), head=nn.Linear(2, 3))
+        check(
+            model, torch.randn(t, N, 4), lambda z: F.cross_entropy(z.view(-1, 3), y.view(-1)),
+            lambda z: F.cross_entropy(z.permute(1, 2, 0), y.t(), reduction="none").sum(1) / y.numel(), samples=N,
+        )  # fmt: skip
+
+    def test_sequences_of_different_lengths(self):
+        lengths = torch.tensor([3, 1, 2, 3])
+
+        def forward(m: Any, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return m.head(nn.utils.rnn.pad_packed_sequence(m.cell(packed)[0], batch_first=True)[0].sum(1))
+
+        classified(Of(forward, cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, 3)), sequences())
+
+    def test_segmentation(self):
+        y = torch.randint(0, 3, (N, 3, 3))
+        y[0, 0, 0] = -100
+        model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+        check(model, images(2, 3, 3), lambda z: F.cross_entropy(z, y),
+              lambda z: F.cross_entropy(z, y, reduction="none").sum((1, 2)) / (y != -100).sum())  # fmt: skip
+
     def test_sequences_as_outputs(self):
         fitted(Of(lambda m, x: m.head(m.cell(x)[0]), cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, 2)),
                sequences(), 3, 2)  # fmt: skip
@@ -415,8 +573,11 @@ class TestPartsOfModels:
         classified(model, x.requires_grad_())
 
     def test_a_low_rank_adapter(self):
-        model = Of(lambda m, x: m.head(torch.tanh(m.a(x) + x @ m.u @ m.v)), a=nn.Linear(4, 5).requires_grad_(False),
-                   u=nn.Parameter(torch.randn(4, 2)), v=nn.Parameter(torch.randn(2, 5)), head=nn.Linear(5, 3))  # fmt: skip
+        model = Of(
+            lambda m, x: m.head(torch.tanh(m.a(x) + x @ m.u @ m.v)),
+            **{"a": nn.Linear(4, 5).requires_grad_(False), "head": nn.Linear(5, 3)},
+            **{"u": nn.Parameter(torch.randn(4, 2)), "v": nn.Parameter(torch.randn(2, 5))},
+        )
         classified(model, torch.randn(N, 4))
 
     def test_a_parameter_that_is_not_used(self):

@@ -73,6 +73,8 @@ class DiagGGNMC(_MonteCarlo, _Diagonal):
 
 
 class _BatchDiagonal(_FactorReading):
+    per_sample = True
+
     def of(self, found: Arrived, target: Target) -> Tensor:
         samples = found.owned(type(self).__name__)
         assert samples is not None
@@ -100,6 +102,7 @@ class BatchDiagGGNMC(_MonteCarlo, _BatchDiagonal):
 
 
 class _Root(_FactorReading):
+    per_sample = True
     subsampling: Sequence[int] | None = None
 
     def of(self, found: Arrived, target: Target) -> Tensor:

@@ -23,6 +23,8 @@ from .waves import SampleGradients, formed, owned
 class _FirstOrder(Quantity):
     """A function of every sample's gradient of a parameter."""
 
+    per_sample = True
+
     @property
     def waves(self) -> tuple[Wave, ...]:
         return (SampleGradients(),)

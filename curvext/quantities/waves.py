@@ -82,9 +82,9 @@ def owned(value: Any, what: str) -> PerSample | None:
     """
     if isinstance(value, _Unowned):
         raise CurvatureError(
-            f"{what}: a term of the loss reaches this parameter without passing a sample (a penalty on the weights?), "
-            "so the gradient is not a sum over samples. Leave the term to the optimizer (weight_decay), or call "
-            "backward() on it outside the block"
+            f"{what}: a term of the loss reaches this parameter without passing a sample (a penalty on the weights? a "
+            "loss over rows whose number is not a multiple of that of the samples?), so the gradient is not a sum over "
+            "samples. Leave the term to the optimizer (weight_decay), or call backward() on it outside the block"
         )
     return value  # type: ignore[no-any-return]
 
