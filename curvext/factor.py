@@ -78,7 +78,9 @@ def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tens
         return [None] * len(op.edges)
     rule = registry.find(op, "factor")
     if rule is not None and not any(c is not None for c in s[1:]):
-        return list(rule.function(op, s[0], wanted))
+        found = rule.function(op, s[0], wanted)
+        if found is not None:
+            return list(found)
     given = [k for k, c in enumerate(s) if c is not None]
     present: list[bool] = []
 
@@ -90,8 +92,8 @@ def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tens
         present[:] = [want and row is not None for row, want in zip(rows, wanted, strict=True)]
         return [row for row, here in zip(rows, present, strict=True) if here]
 
-    found = iter(_mapped(op, products, [c for c in s if c is not None]))
-    return [next(found) if here else None for here in present]
+    rows = iter(_mapped(op, products, [c for c in s if c is not None]))
+    return [next(rows) if here else None for here in present]
 
 
 def _mapped(op: Operation, products: Any, columns: list[Tensor]) -> list[Tensor]:
@@ -109,6 +111,8 @@ def _mapped(op: Operation, products: Any, columns: list[Tensor]) -> list[Tensor]
 def reduced_columns(op: Operation, columns: Tensor, i: int) -> Tensor:
     """Columns as they belong to input ``i``: broadcast dimensions summed, its dtype."""
     meta = op.inputs[i]
+    if columns.layout is not torch.strided:
+        columns = columns.to_dense()
     if list(columns.shape[1:]) != list(meta.shape):
         padded = [1] * (columns.dim() - 1 - len(meta.shape)) + list(meta.shape)
         columns = columns.sum_to_size([len(columns), *padded]).reshape(len(columns), *meta.shape)

@@ -22,6 +22,7 @@ from .rules.default import default
 from .selection import Model
 from .sweep import Settings
 
+from .testing_factor import check_columns, check_readings
 EXACT = 1 << 40
 
 
@@ -190,4 +191,4 @@ def check_quantity(
     return got
 
 
-__all__ = ["check_operation", "check_quantity", "check_rule", "without_rules"]
+__all__ = ["check_columns", "check_operation", "check_quantity", "check_readings", "check_rule", "without_rules"]

@@ -205,7 +205,13 @@ def linear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
 @rule("MmBackward0", wave="factor")
 def mm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     """S_A = S Bᵀ, S_B = Aᵀ S, of all columns in one product."""
-    return (s @ op.mat2.mT if wanted[0] else None), (op.self.mT @ s if wanted[1] else None)
+    if _sparse(op.self, op.mat2):
+        return None
+    return (s @ op.mat2.mH if wanted[0] else None), (op.self.mH @ s if wanted[1] else None)
+
+
+def _sparse(*matrices: Tensor | None) -> bool:
+    return any([m is not None and m.layout is not torch.strided for m in matrices])
 
 
 @rule("AddmmBackward0", wave="factor")
@@ -213,13 +219,13 @@ def addmm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     """S_C = β S, S_A = α S Bᵀ, S_B = α Aᵀ S."""
     return (
         _by(s, op.beta) if wanted[0] else None,
-        _by(s @ op.mat2.mT, op.alpha) if wanted[1] else None,
-        _by(op.mat1.mT @ s, op.alpha) if wanted[2] else None,
+        _by(s @ op.mat2.mH, op.alpha) if wanted[1] else None,
+        _by(op.mat1.mH @ s, op.alpha) if wanted[2] else None,
     )
 
 
 def _by(s: Tensor, factor: float) -> Tensor:
-    return s if factor == 1 else s * factor
+    return s if factor == 1 else s * factor.conjugate()
 
 
 @rule("MmBackward0", wave="shared")
@@ -240,10 +246,12 @@ def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, 
 def _products(op: Operation, s: Tensor, a: Any, b: Any, wanted: Sequence[bool], first: int) -> dict[int, PerSample]:
     """y = A B: B gets a ⊗ s where the samples are rows of y, A gets s ⊗ b where they are columns."""
     axis, n = op.axes_out[0], op.n_samples
+    if _sparse(a, b):
+        return {}
     if axis.dim == 0 and wanted[1]:
-        waves, x = front(s, axis, n, 1), front(a, axis, n)
+        waves, x = front(s, axis, n, 1), front(a.conj(), axis, n)
         return {first + 1: Outer(waves.unsqueeze(2), x.unsqueeze(1), tuple(op.inputs[first + 1].shape), flipped=True)}
     if axis.dim == 1 and wanted[0]:
-        waves, x = front(s.mT, Axis(0, axis.inner), n, 1), front(b.mT, Axis(0, axis.inner), n)
+        waves, x = front(s.mT, Axis(0, axis.inner), n, 1), front(b.mH, Axis(0, axis.inner), n)
         return {first: Outer(waves.unsqueeze(2), x.unsqueeze(1), tuple(op.inputs[first].shape))}
     return {}

@@ -22,7 +22,8 @@ from ..graph import Operation
 Waves = list[Tensor | None]
 Product = Callable[[Tensor], list[Tensor]]
 CHUNK = 64  # rows of an enumeration that are computed together
-UNBATCHED = {"CdistBackward0"}  # nodes whose vmap is wrong (in every row but the first, PyTorch 2.13)
+#: Nodes whose vmap is wrong (in every row but the first, PyTorch 2.13).
+UNBATCHED = {"CdistBackward0", "AsStridedScatterBackward0"}
 MISTAKEN = {"WeightNormInterfaceBackward0"}  # nodes whose second derivative is wrong (the norm is fixed, PyTorch 2.13)
 
 

@@ -97,7 +97,7 @@ def _product(sizes: Sequence[int]) -> int:
 rule(
     *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ReshapeCopyBackward0", "ViewBackward0_copy"),
     *("UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "AliasBackward0"),
-    *("CloneBackward0", "ToCopyBackward0", "LiftFreshBackward0", "torch::autograd::CopyBackwards"),
+    *("CloneBackward0", "ToCopyBackward0", "LiftFreshBackward0"),
     wave="samples",
     how="structure",
 )(reshaped)
@@ -211,8 +211,10 @@ def linear(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
 
 @rule("EmbeddingBackward0", "EmbeddingBagBackward0", wave="samples", how="structure")
 def embedding(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
-    """The weight is shared; so are the weights of a bag's entries, whose bags differ."""
-    return [None] * len(op.edges)
+    """The weight is shared, unless features tell samples apart; so are the weights of entries, whose bags differ."""
+    axis = out[0]
+    features = axis is not None and axis.dim == len(op.outputs[0].shape) - 1
+    return [Axis(1, axis.inner) if features else None, *[None] * (len(op.edges) - 1)]  # type: ignore[union-attr]
 
 
 @rule(
@@ -274,6 +276,7 @@ def layer_norm(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
 alongside(
     "ExpandBackward0", "NativeDropoutBackward0", "MseLossBackward0", "HuberLossBackward0", "SmoothL1LossBackward0"
 )
+alongside("torch::autograd::CopyBackwards")
 alongside("BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0", "SoftMarginLossBackward0")
 alongside(
     *sorted(

@@ -1,0 +1,61 @@
+"""Every rule that the factor wave uses, against the nodes themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from curvext.graph import Graph, edge_of
+from curvext.registry import find, registered
+from curvext.sweep import Settings
+from curvext.testing import check_columns
+
+from .cases import CASES, ELSEWHERE, Case, Draw
+
+# Recorded here by stand-ins of another device's kernels (tests/stand_ins.py), which have no backward pass.
+UNCALLED = {f"ScaledDotProduct{kind}AttentionBackward0" for kind in ("Cudnn", "Efficient", "Flash")}
+WAVES = ("samples", "factor", "shared")
+
+
+class Wide(Draw):
+    """Sizes for several samples in any dimension, and losses that are not summed up."""
+
+    def choice(self, *options: Any) -> Any:
+        return "none" if "none" in options else super().choice(*options)
+
+    def sizes(self, n: int, low: int = 1, high: int = 4) -> list[int]:
+        return super().sizes(n, min(max(low, 2), high), high)
+
+    def shape(self, least: int = 1, most: int = 3, low: int = 1, high: int = 4) -> list[int]:
+        return self.sizes(self.integer(min(max(least, 2), most), most), low, high)
+
+
+def draws(case: Case) -> list[Draw]:
+    return [Wide(seed=seed) for seed in range(min(case.examples, 12) // 3)] + [Draw(seed=1)]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_rules_equal_the_node(case):
+    for draw in draws(case):
+        function, inputs = case.build(draw)
+        check_columns(function, *inputs)
+
+
+def seen(case: Case, draw: Draw) -> set[tuple[Any, str]]:
+    """The rules of operations whose output may hold samples."""
+    function, inputs = case.build(draw)
+    outputs = function(*inputs)
+    outputs = [outputs] if not isinstance(outputs, (list, tuple)) else outputs
+    roots = [edge_of(y)[0] for y in outputs if getattr(y, "requires_grad", False)]
+    targets = {edge_of(x) for x in inputs if getattr(x, "requires_grad", False)}
+    ops = [op for op in Graph(roots).operations(targets, Settings()) if any(size > 1 for size in op.outputs[0].shape)]
+    return {(kind, wave) for op in ops for wave in WAVES if find(op, wave) for kind in (op.kind, op.name)}
+
+
+def test_every_rule_has_a_case():
+    covered = {rule for case in CASES for draw in draws(case) for rule in seen(case, draw)}
+    known = {(operation, wave) for wave in WAVES for operation, _ in registered(wave)}
+    absent = {*ELSEWHERE, *UNCALLED}
+    missing = sorted(f"{operation} ({wave})" for operation, wave in known - covered if operation not in absent)
+    assert not missing, f"rules without a case in tests/cases: {missing}"
