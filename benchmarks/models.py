@@ -41,9 +41,17 @@ def cnn_3c3d() -> nn.Sequential:
     return nn.Sequential(
         *(nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
         *(nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
-        *(nn.Conv2d(96, 128, 3, padding="same"), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
+        *(nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
         *(nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)),
     )
+
+
+def all_cnn_c(classes: int = 100) -> nn.Sequential:
+    """All-CNN-C for images of 3x32x32, without its dropout: nine convolutions (DeepOBS)."""
+    widths = [(3, 96, 1), (96, 96, 1), (96, 96, 2), (96, 192, 1), (192, 192, 1), (192, 192, 2)]
+    layers = [m for a, b, stride in widths for m in (nn.Conv2d(a, b, 3, stride, padding=1), nn.ReLU())]
+    head = (nn.Conv2d(192, 192, 3), nn.ReLU(), nn.Conv2d(192, 192, 1), nn.ReLU(), nn.Conv2d(192, classes, 1), nn.ReLU())
+    return nn.Sequential(*layers, *head, nn.AvgPool2d(6), nn.Flatten())
 
 
 class ResidualBlock(nn.Module):
@@ -52,16 +60,16 @@ class ResidualBlock(nn.Module):
     def __init__(self, fan_in: int, fan_out: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.bn1, self.relu1 = nn.BatchNorm2d(fan_out), nn.ReLU()
         self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(fan_out)
+        self.bn2, self.relu2 = nn.BatchNorm2d(fan_out), nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or fan_in != fan_out:
             self.shortcut = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(y + self.shortcut(x))
 
 
 def resnet18(width: int = 32) -> nn.Sequential:
@@ -73,7 +81,7 @@ def resnet18(width: int = 32) -> nn.Sequential:
         for i, (fan_in, fan_out) in enumerate(pairwise(widths))
         for block in (ResidualBlock(fan_in, fan_out, 1 if i == 0 else 2), ResidualBlock(fan_out, fan_out, 1))
     ]
-    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
+    return nn.Sequential(*stem, *stages, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8 * width, 10))
 
 
 class TransformerBlock(nn.Module):

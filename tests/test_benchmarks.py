@@ -115,3 +115,37 @@ def test_samples_are_single_losses(quality, models, float64):
             single = quality.Samples(model, samples.x[n : n + 1], samples.y[n : n + 1])
             for a, b in zip(stacked, estimate(single), strict=True):
                 torch.testing.assert_close(a[n], b[0])
+
+
+class TestBackpack:
+    @pytest.fixture
+    def script(self):
+        pytest.importorskip("backpack", reason="BackPACK is not installed")
+        return importlib.import_module("backpack_cost")
+
+    def test_quick(self, script, tmp_path, capsys):
+        output = tmp_path / "backpack.json"
+        script.main(["--quick", "--quantities", "BatchL2Grad", "SqrtGGNMC", "--output", str(output)])
+        results = json.loads(output.read_text())
+        for quantity, entry in results["models"]["MLP"]["4"].items():
+            assert not entry["refused"], quantity
+            assert set(entry["ratio"]) == set(entry["bytes"]) == {"gradient step", "curvext", "BackPACK"}
+        assert "SqrtGGNMC" in capsys.readouterr().out
+        assert "| BatchL2Grad | " in script.measured(results)
+
+    def test_parts_are_added(self, script, tmp_path):
+        output = tmp_path / "backpack.json"
+        for quantity in ("BatchL2Grad", "Variance"):
+            script.main(["--quick", "--quantities", quantity, "--output", str(output)])
+        assert set(json.loads(output.read_text())["models"]["MLP"]["4"]) == {"BatchL2Grad", "Variance"}
+
+    def test_what_is_too_large_is_not_run(self, script, tmp_path):
+        options = ["--quick", "--quantities", "BatchGrad", "KFRA", "--memory", "1e-6"]
+        results = script.main([*options, "--output", str(tmp_path / "backpack.json")])
+        for entry in results["models"]["MLP"]["4"].values():
+            assert all(why.startswith("about") for why in entry["refused"].values())
+        assert "not run" in script.measured(results)
+
+    def test_the_table_in_the_docs_is_generated(self, script):
+        kept = script.kept(script.common.RESULTS / "backpack.json")
+        assert script.PAGE.read_text(encoding="utf-8") == script.page(kept), "run benchmarks/backpack_cost.py --docs"
