@@ -142,7 +142,7 @@ def _above(operations: Sequence[Operation], marks: set[Node]) -> list[Operation]
             above.append(op)
     bent: set[Node] = set()
     for op in reversed(above):
-        if op.node in bent or may_start(op):
+        if op.node in bent or (may_start(op) and _bends(op)):
             below = [edge[0] for edge, need in zip(op.edges, op.needs, strict=True) if need]
             if any(node not in leading for node in below):
                 raise CurvatureError(
@@ -153,3 +153,10 @@ def _above(operations: Sequence[Operation], marks: set[Node]) -> list[Operation]
     for op in above:
         op.above = True
     return above
+
+
+def _bends(op: Operation) -> bool:
+    """Whether the derivative of an operation depends on its inputs."""
+    with torch.enable_grad():
+        products = op.vjp(*(torch.ones(meta.shape, dtype=meta.dtype, device=meta.device) for meta in op.outputs))
+    return any(product is not None and product.requires_grad for product in products)

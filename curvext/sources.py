@@ -191,7 +191,7 @@ class Bending:
     def _laid(self, found: dict[Any, Tensor | None], places: Places, n: int, v: int) -> Tensor:
         """Derivatives ``[V, *shape]`` in every tensor as ``[V, N, D]``."""
         full = {i: part.new_zeros(v, *part.shape) if (w := found[i]) is None else w for i, part in self.parts.items()}
-        return torch.cat([front(w.detach(), places[i], n, 1).flatten(2) for i, w in full.items()], 2)
+        return torch.cat([front(w.detach(), places[i], n, 1).reshape(v, n, -1) for i, w in full.items()], 2)
 
     def _meet(self, rows: Tensor, places: Places, n: int) -> bool:
         """Whether B has entries between samples: then its product with a random vector is not that of the blocks."""
@@ -212,5 +212,5 @@ class Bending:
         found: dict[Any, LossHessian] = {}
         for (i, part), piece in zip(self.parts.items(), split, strict=True):
             shape = front(part, places[i], n).shape[1:]
-            found[i] = DenseHessian(values.mT, piece.unflatten(-1, shape), part.shape, whole)
+            found[i] = DenseHessian(values.mT, piece.reshape(*piece.shape[:2], *shape), part.shape, whole)
         return found
