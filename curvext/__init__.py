@@ -5,6 +5,7 @@ from .errors import CurvatureError as CurvatureError
 from .errors import SampledOperationWarning as SampledOperationWarning
 from .extend import Curvature as Curvature
 from .extend import extend as extend
+from .output import output as output
 from .quantities import BL89 as BL89
 from .quantities import BatchDiagGGNExact as BatchDiagGGNExact
 from .quantities import BatchDiagGGNMC as BatchDiagGGNMC
