@@ -1,6 +1,12 @@
 """Matrix-free linear operators: ``Hessian(model, loss, data) @ v``, structured operators, and their algebra."""
 
 from .base import Operator as Operator
+from .curvature import EmpiricalFisher as EmpiricalFisher
+from .curvature import Fisher as Fisher
+from .curvature import GaussNewton as GaussNewton
+from .curvature import Hessian as Hessian
+from .curvature import Jacobian as Jacobian
+from .curvature import Residual as Residual
 from .space import Space as Space
 from .structured import BlockDiagonal as BlockDiagonal
 from .structured import Dense as Dense

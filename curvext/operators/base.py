@@ -51,13 +51,13 @@ class Operator(ABC):
         if isinstance(v, Operator):
             return Product(self, v)
         if isinstance(v, Tensor):
-            return self._product(v)
+            return self._times(v)
         if self.domain is None:
             raise TypeError(f"{type(self).__name__} @ {type(v).__name__}: only tensors; its domain has no parameters")
-        product = self._product(self.domain.flatten(v))
+        product = self._times(self.domain.flatten(v))
         return product if self.image is None else self.image.like(v, product)
 
-    def _product(self, v: Tensor) -> Tensor:
+    def _times(self, v: Tensor) -> Tensor:
         """Vector or columns, checked."""
         m, n = self.shape
         if v.dim() not in (1, 2) or v.shape[0] != n:
@@ -135,7 +135,7 @@ class Operator(ABC):
             width = min(chunk, n - start)
             unit = torch.zeros(n, width, dtype=self.dtype, device=self.device)
             unit[start : start + width].fill_diagonal_(1)
-            dense[:, start : start + width] = self._product(unit)
+            dense[:, start : start + width] = self._times(unit)
         return dense
 
     def to_scipy(self) -> Any:
@@ -189,7 +189,7 @@ class Sum(_Derived):
     """A + B + ..."""
 
     def __init__(self, *terms: Operator):
-        self.terms = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
+        self.terms: list[Operator] = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
         first = self.terms[0]
         for term in self.terms:
             _same(first, term, "sum")

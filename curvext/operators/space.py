@@ -36,7 +36,7 @@ class Space:
     def split(self, v: Tensor) -> list[Tensor]:
         """``[P]`` in the parameters' shapes; columns ``[P, K]`` as ``[K, *shape]``."""
         pieces = v.split(self.sizes) if v.dim() == 1 else v.mT.split(self.sizes, 1)
-        return [p.reshape(*v.shape[1:], *shape) for p, shape in zip(pieces, self.shapes.values(), strict=True)]
+        return [p.reshape((*v.shape[1:], *shape)) for p, shape in zip(pieces, self.shapes.values(), strict=True)]
 
     def flatten(self, value: Any) -> Tensor:
         """A mapping by name, or a sequence, of ``[*shape]`` as ``[P]``, of ``[*shape, K]`` as ``[P, K]``."""
@@ -63,9 +63,8 @@ class Space:
 
     def like(self, form: Any, v: Tensor) -> Any:
         """``[P]`` or ``[P, K]`` in the form that a mapping, list or tuple has."""
-        pieces = [
-            p.reshape(*shape, *v.shape[1:]) for p, shape in zip(v.split(self.sizes), self.shapes.values(), strict=True)
-        ]
+        parts = zip(v.split(self.sizes), self.shapes.values(), strict=True)
+        pieces = [part.reshape((*shape, *v.shape[1:])) for part, shape in parts]
         if isinstance(form, Mapping):
             return dict(zip(self.shapes, pieces, strict=True))
         return tuple(pieces) if isinstance(form, tuple) else pieces
