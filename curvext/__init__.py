@@ -1,5 +1,6 @@
 """Curvature rides the autograd graph: ``with extend(model): loss.backward()``."""
 
+from . import operators as operators
 from . import rules as rules
 from .errors import CurvatureError as CurvatureError
 from .errors import SampledOperationWarning as SampledOperationWarning
