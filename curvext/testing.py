@@ -23,6 +23,7 @@ from .selection import Model
 from .sweep import Settings
 
 from .testing_factor import check_columns, check_readings
+from .testing_operators import check_operator
 EXACT = 1 << 40
 
 
@@ -191,4 +192,4 @@ def check_quantity(
     return got
 
 
-__all__ = ["check_columns", "check_operation", "check_quantity", "check_readings", "check_rule", "without_rules"]
+__all__ = ["check_columns", "check_operation", "check_operator", "check_quantity", "check_readings", "check_rule", "without_rules"]
