@@ -1,5 +1,8 @@
 """BackPACK's extensions by name: curvext's quantities, which have its attributes, shapes and scaling."""
 
+from ..quantities import KFAC as KFAC
+from ..quantities import KFLR as KFLR
+from ..quantities import KFRA as KFRA
 from ..quantities import BatchDiagGGNExact as BatchDiagGGNExact
 from ..quantities import BatchDiagGGNMC as BatchDiagGGNMC
 from ..quantities import BatchGrad as BatchGrad

@@ -20,3 +20,7 @@ from .gradients import BatchL2Grad as BatchL2Grad
 from .gradients import SumGradSquared as SumGradSquared
 from .gradients import Variance as Variance
 from .hessian import DiagHessian as DiagHessian
+from .kfra import KFRA as KFRA
+from .kronecker import EKFAC as EKFAC
+from .kronecker import KFAC as KFAC
+from .kronecker import KFLR as KFLR

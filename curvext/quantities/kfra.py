@@ -1,0 +1,176 @@
+"""KFRA: the Gauss-Newton recursion with one matrix for all samples, averaged after every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..errors import CurvatureError
+from ..factor import across, part, pass_columns, reduced_columns
+from ..graph import Operation
+from ..hessians import LossHessian
+from ..persample import Outer, PerSample
+from ..rows import Rows
+from ..samples import Axis, back, front
+from ..wave import Wave
+from .base import Target
+from .kronecker import Kept, Sums, sums
+from .waves import Factor
+
+ALIKE = {  # y is the same linear function of every sample's x, whatever x is
+    *("MmBackward0", "AddmmBackward0", "LinearBackward0", "ConvolutionBackward0", "EmbeddingBackward0", "AddBackward0"),
+    *("AvgPool2DBackward0", "AvgPool3DBackward0", "AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0"),
+    *("ConstantPadNdBackward0", "MeanBackward1", "SumBackward1"),
+}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Σ_n of the samples' matrices, ``[D, D]`` for the D entries that each sample has of a tensor."""
+
+    m: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Columns a, b at a tensor that the samples share, with the matrix Σ a bᵀ; their inputs x are the samples'."""
+
+    a: PerSample
+    b: PerSample
+
+
+@dataclass(frozen=True)
+class Averaged(Factor):
+    """M = Σ_n B_n at the source, M_x = 1/N Σ_n J_nᵀ M J_n at every operation below."""
+
+    def step(self, op: Operation, g: Sequence[Tensor | None], wave: Sequence[Any]) -> Sequence[Any]:
+        given = [(source, value) for values in wave if values for source, value in values.items()]
+        found: list[Any] = list(super().step(op, g, [values and {} for values in wave]))
+        if len(given) > 1 or (given and any(found)):
+            raise _branches()
+        for source, value in given:
+            for i, below in self._below(op, value).items():
+                found[i] = {source: below}
+        return found
+
+    def _of(self, hessian: LossHessian, op: Operation, axis: Axis, n: int) -> Any:
+        s = front(hessian.fewest(axis, n), axis, n, 1).flatten(2).flatten(0, 1)
+        return Mean(s.mT @ s)
+
+    def _below(self, op: Operation, value: Any) -> dict[int, Any]:
+        if isinstance(value, Pair):
+            a, b = across(op, [value.a]), across(op, [value.b])
+            return {i: Pair(a[i], b[i]) for i in a}
+        if not isinstance(value, Mean) or (len(op.outputs) > 1 and op.name not in SEVERAL):
+            raise CurvatureError("KFRA: supports losses of the samples alone, and operations with one output; use KFLR")
+        data = [i for i, need in enumerate(op.needs) if need and op.axes_seen[i] is not None]
+        shared = [need and axis is None for need, axis in zip(op.needs, op.axes_seen, strict=True)]
+        if len(data) > 1 or any(op.axes_in[i] is None for i in data):
+            raise _branches()
+        found: dict[int, Any] = {i: Mean(_averaged(op, i, value.m)) for i in data}
+        if any(shared):
+            found.update(_at_weights(op, value.m, shared))
+        return found
+
+    def add(self, a: Any, b: Any) -> Any:
+        if a and b:
+            raise _branches()
+        return a or b
+
+
+SEVERAL = {"MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0", "NativeDropoutBackward0"}
+
+
+def _branches() -> CurvatureError:
+    return CurvatureError("KFRA is defined for chains, and here branches meet (a residual, a re-used layer); use KFLR")
+
+
+def _alike(op: Operation) -> bool:
+    rule = registry.find(op, "samples")
+    return op.name in ALIKE or (rule is not None and rule.function.__name__ in ("reshaped", "moved_rule"))
+
+
+def _columns(op: Operation, rows: Tensor) -> Tensor:
+    """``rows [R, N, D]``, one vector for each sample, as columns at the operation's output."""
+    shape, axis, n = op.outputs[0].shape, op.axes_out[0], op.n_samples
+    split = front(torch.empty(shape, device="meta"), axis, n).shape[1:]
+    return back(rows.reshape(len(rows), n, *split), axis, shape, n, 1)
+
+
+def _dealt(op: Operation, rows: Tensor) -> Tensor:
+    """``rows [R, D]`` dealt to the samples, as columns: one column takes N of them."""
+    n, (r, d) = op.n_samples, rows.shape
+    padded = torch.cat([rows, rows.new_zeros(-r % n, d)])
+    return _columns(op, padded.view(-1, n, d))
+
+
+def _passed(op: Operation, i: int, columns: Tensor) -> Tensor:
+    """J_nᵀ of every sample's part: ``[R, N, D_x]``."""
+    others = [None] * (len(op.outputs) - 1)
+    found = pass_columns(op, [columns, *others], [j == i for j in range(len(op.edges))])[i]
+    assert found is not None
+    return front(reduced_columns(op, found, i), op.axes_in[i], op.n_samples, 1).flatten(2)
+
+
+def _averaged(op: Operation, i: int, m: Tensor) -> Tensor:
+    """1/N Σ_n J_nᵀ M J_n."""
+    rule, n = registry.find(op, "samples"), op.n_samples
+    if _alike(op):
+        once = _passed(op, i, _dealt(op, m)).flatten(0, 1)[: len(m)].mT
+        return _passed(op, i, _dealt(op, once)).flatten(0, 1)[: len(once)]
+    if rule is not None and rule.function.__name__ == "aligned" and op.inputs[i].shape == op.outputs[0].shape:
+        slopes = _passed(op, i, m.new_ones(1, *op.outputs[0].shape))[0]
+        return m * (slopes.mT @ slopes) / n
+    once = _passed(op, i, _columns(op, m.unsqueeze(1).expand(-1, n, -1)))
+    return _passed(op, i, _columns(op, once.transpose(0, 2))).mean(1)
+
+
+def _at_weights(op: Operation, m: Tensor, wanted: Sequence[bool]) -> dict[int, Pair]:
+    """Σ a bᵀ = M with a the unit vectors and b the rows of M."""
+    if not _alike(op):
+        raise CurvatureError("KFRA: is not defined for the parameters of this operation; use KFLR, or leave them out")
+    a = part(op, [_dealt(op, torch.eye(len(m), dtype=m.dtype, device=m.device))], wanted)
+    b = part(op, [_dealt(op, m)], wanted)
+    return {i: Pair(a[i], b[i]) for i in a}
+
+
+@dataclass(frozen=True)
+class KFRA(Kept):
+    """Kronecker factors by a recursion that averages over the samples, for chains of operations: ``p.kfra``.
+
+        M = Σ_n B_n at the model's output,   M_x = 1/N Σ_n J_nᵀ M J_n from operation to operation
+
+    and the factors of a weight are Σ_t of M's diagonal blocks, and 1/(N·T) Σ x xᵀ. The form is that of
+    :class:`KFAC`. M has as many rows as a sample has entries, so that this is for small layers.
+
+    Raises:
+        CurvatureError: where branches meet, or a parameter is in an operation that is no linear map.
+
+    Source: Botev, Ritter & Barber, Practical Gauss-Newton optimisation for deep learning, 2017.
+    """
+
+    dense_up_to: int = 1024
+    savefield = "kfra"
+
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (Averaged(),)
+
+    def read(self, target: Target, *waves: Any) -> Any:
+        for value in (waves[0] or {}).values():
+            if not isinstance(value, Pair):
+                raise CurvatureError("KFRA: this tensor holds the samples, and is no parameter")
+            return self.of(value.a, value.b)
+        return None
+
+    def of(self, a: PerSample, b: PerSample) -> Sums | Tensor:
+        """What is kept of Σ a bᵀ."""
+        if isinstance(a, (Outer, Rows)) and isinstance(b, (Outer, Rows)):
+            return sums(a, "expand", b)
+        rows, columns = (p.dense().flatten(0, 1).flatten(1) for p in (a, b))
+        return rows.mT @ columns if rows.shape[1] <= self.dense_up_to else (rows * columns).sum(0)
