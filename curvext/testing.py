@@ -192,4 +192,12 @@ def check_quantity(
     return got
 
 
-__all__ = ["check_columns", "check_operation", "check_operator", "check_quantity", "check_readings", "check_rule", "without_rules"]
+__all__ = [
+    "check_columns",
+    "check_operation",
+    "check_operator",
+    "check_quantity",
+    "check_readings",
+    "check_rule",
+    "without_rules",
+]
