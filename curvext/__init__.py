@@ -6,8 +6,14 @@ from .errors import CurvatureError as CurvatureError
 from .errors import SampledOperationWarning as SampledOperationWarning
 from .extend import Curvature as Curvature
 from .extend import extend as extend
+from .kronecker import Eigenbasis as Eigenbasis
+from .kronecker import Kronecker as Kronecker
 from .output import output as output
 from .quantities import BL89 as BL89
+from .quantities import EKFAC as EKFAC
+from .quantities import KFAC as KFAC
+from .quantities import KFLR as KFLR
+from .quantities import KFRA as KFRA
 from .quantities import BatchDiagGGNExact as BatchDiagGGNExact
 from .quantities import BatchDiagGGNMC as BatchDiagGGNMC
 from .quantities import BatchDotGrad as BatchDotGrad
