@@ -135,10 +135,12 @@ class Samples:
     def _across(self, op: Operation, above: Sequence[Edge]) -> Sequence[State] | None:
         """The axes of an operation's inputs; ``None``: the rows of the loss must be understood the other way round."""
         self.at = op
-        if self.given == 1:
-            return [BATCH] * len(op.edges)
         if any(self.axes[edge] is None for edge in above):
             return [None] * len(op.edges)
+        if self.given == 1:
+            weights = [_is_weight(edge) for edge in op.edges]
+            alone = all(weight for weight, need in zip(weights, op.needs, strict=True) if need)
+            return [None if weight and not alone else BATCH for weight in weights]
         assert self.n is not None
         out = [self.axes.get((op.node, k)) for k in range(len(op.outputs))]
         rule = registry.find(op, "samples")
@@ -247,6 +249,15 @@ class Samples:
         """Whether it turned out that there is one sample."""
         found, self.single = self.n == 1 and not self.single, self.n == 1
         return found
+
+
+def _is_weight(edge: Edge) -> bool:
+    """Whether a tensor is a leaf, or a view of one."""
+    node = edge[0]
+    while node is not None and node.next_functions:
+        rule = registry.RULES.get((node.name(), "diagonal"))
+        node = node.next_functions[0][0] if rule is not None and rule.family == "shape" else None
+    return node is not None
 
 
 PROBED = 1e-2  # how far from a whole number a label may come out
