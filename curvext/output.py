@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils._pytree import tree_map_only
 
+from .bending import Bending, derivative, twice_differentiable
 from .errors import CurvatureError
 from .graph import Edge, Operation
 from .hessians import LossHessian, convex
 from .rules.default import UNBATCHED
-from .sources import Bending, derivative, may_start, twice_differentiable
+from .sources import may_start
 from .wave import Wave
 
 T = TypeVar("T")

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bending import Bending
 from ..errors import CurvatureError
 from ..graph import Operation
 from ..hessians import LossHessian
 from ..registry import rule
-from ..sources import Bending
 from .structure import decomposed, scale, scaling
 
 Waves = Any

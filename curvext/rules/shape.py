@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .structure import selection
 
-# views, and the copies they become under functionalization
+# views, and the copies they become under functionalization. Where as_strided reads a tensor that overlaps itself (an
+# expanded one), PyTorch's Jᵀ gives each of c entries at one place 1/c; with h shared out in this way, what was expanded
+# gets all of it back, which is exact. Equation (2) to the letter gives 1/c², dropping what equal entries have in common
 selection(
     "AliasBackward0",
     "AsStridedBackward0",
