@@ -22,7 +22,7 @@ from torch import Tensor
 
 BLOCK = 1 << 18  # entries that are computed together, so that they stay in a CPU's cache
 BLOCK_GPU = 1 << 26
-MANY = 64  # rows that are faster added up together than one by one
+SMALL = 1 << 12  # entries of rows that are faster added up together than one by one
 
 
 def over(x: Tensor, dim: int) -> Tensor:
@@ -32,7 +32,7 @@ def over(x: Tensor, dim: int) -> Tensor:
 
 def squared(x: Tensor) -> Tensor:
     """Σ of squares over the first dimension; on a CPU without a tensor of their size, whose memory would be fresh."""
-    if x.device.type != "cpu" or len(x) > MANY:
+    if x.device.type != "cpu" or len(x) == 1 or x[0].numel() < SMALL:
         return over(x.square(), 0)
     total = x[0].square()
     for row in x[1:]:
