@@ -211,3 +211,13 @@ def test_refusals():
     for quantity in (LAST, EXACT):
         with extend(model, quantity), pytest.raises(CurvatureError, match="not convex"):
             model(torch.randn(2, 2, 6, 6)).cos().sum().backward()
+
+
+@pytest.mark.parametrize("quantity", [LAST, EXACT])
+@pytest.mark.parametrize("name", MODELS)
+def test_as_one_sample(name, quantity):
+    """Weights are told from what holds the sample."""
+    model, loss = MODELS[name]()
+    model.eval()
+    sequences = {"samples": 2} if name in ("attention", "tied") else {}
+    close(computed(quantity, model, loss, samples=1), computed(quantity, model, loss, **sequences))

@@ -19,8 +19,14 @@ from .gradients import BatchGrad as BatchGrad
 from .gradients import BatchL2Grad as BatchL2Grad
 from .gradients import SumGradSquared as SumGradSquared
 from .gradients import Variance as Variance
+from .hessian import BatchDiagHessian as BatchDiagHessian
 from .hessian import DiagHessian as DiagHessian
+from .jacobian import NTK as NTK
+from .jacobian import Jacobian as Jacobian
 from .kfra import KFRA as KFRA
 from .kronecker import EKFAC as EKFAC
 from .kronecker import KFAC as KFAC
 from .kronecker import KFLR as KFLR
+from .products import GGNMP as GGNMP
+from .products import HMP as HMP
+from .products import PCHMP as PCHMP

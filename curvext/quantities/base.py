@@ -108,6 +108,8 @@ class Carried(Wave, Quantity):
 class WholeGraph(Saved):
     """A quantity computed from the whole graph by products, before the backward pass frees it."""
 
+    retains: ClassVar[bool] = False  # whether the graph is needed afterwards too
+
     @abstractmethod
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """One result for each target (``None``: zero); ``scale`` is the ``gradient`` argument of ``backward``."""

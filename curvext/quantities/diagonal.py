@@ -142,7 +142,8 @@ class HesScale(Quantity):
             * ``"last_layer"``: from the loss through the first layer whose weights are trained: h below it is
               Σᵥ (Jᵀ Sᵥ)² for the columns S of the loss's Hessian, for softmax p
               φ'² [(W∘W)ᵀ p - (Wᵀp)²] + φ'' g. Exact for one hidden layer and any convex loss. Costs as many columns
-              in the last layer as there are outputs.
+              in the last layer as a sample has outputs. For a loss over rows of positions, give ``samples=``: if rows
+              count as samples, h is a diagonal from where they meet.
             * ``"exact"``: all of it, as in :class:`DiagGGNExact`; only the rest, HesScale - HesScaleGN, is estimated.
               Exact for up to two smooth hidden layers, or one convolution and a linear layer, with any convex loss.
             * ``"mc"``: the same from ``mc_samples`` random columns (:class:`DiagGGNMC`); its expectation is the above.

@@ -1,47 +1,82 @@
-"""Exact Hessian diagonals by products: the reference for small models."""
+"""Exact Hessian diagonals: by the factor wave of the whole Hessian where that is exact, else by products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ..errors import CurvatureError
 from ..graph import Graph
 from ..rules.default import MISTAKEN, quiet_vmap
-from .base import WholeGraph
+from ..samples import Samples, masked
+from .base import Target, WholeGraph
+from .bends import swept
+from .waves import arrived, squared
+
+LARGEST = 1 << 28  # entries of columns at one operation beyond which products are taken
 
 
 @dataclass(frozen=True)
 class DiagHessian(WholeGraph):
     """Exact diagonal of the Hessian of the loss, ``[eᵢᵀ H eᵢ]``, in the parameter's shape; saved as ``diag_h``.
 
-    One Hessian-vector product per parameter entry, ``chunk`` of them at a time: for small models and for tests. The
-    scaling is the loss's.
+    H = Σ JᵀBJ over all operations that bend, B being the Hessian of ⟨g, f(x)⟩ for one of them and J leading from the
+    parameters to x. Each B = Σᵥ ±Sᵥ Sᵥᵀ is a source of columns Sᵥ. With piecewise linear activations these are the
+    columns of :class:`DiagGGNExact`; a smooth one adds as many as it has features. That is exact unless a weight is put
+    together with what was computed from it (tied and recurrent weights). There, where samples depend on each other,
+    and where there would be more columns than parameter entries, or too many to hold, the diagonal is made of one
+    Hessian-vector product for every entry, which is for small models. The scaling is the loss's.
 
     Args:
         chunk: products that are computed together; more is faster and takes more memory.
+        products: whether to use products only.
 
     Raises:
         CurvatureError: if an operation of the graph cannot be differentiated twice, or PyTorch does so wrongly.
+
+    Source: Dangel, Kunstner & Hennig, BackPACK: packing more into backprop, 2020 (columns, for chains of layers).
     """
 
     chunk: int = 64
+    products: bool = False
     savefield = "diag_h"
 
-    def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> list[Tensor | None]:
-        _refuse_mistaken(loss)
-        try:
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(loss, targets, scale, create_graph=True, allow_unused=True)
-            return [None if g is None else self._diagonal(g, x) for g, x in zip(gradients, targets, strict=True)]
-        except RuntimeError as error:
-            raise CurvatureError(
-                f"DiagHessian needs a graph that can be differentiated twice: {error}. For attention, run the forward "
-                "pass within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); HesScale needs no such thing."
-            ) from error
+    def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        what = type(self).__name__
+        refuse_mistaken(loss, what)
+        if not self.products:
+            size = sum(t.numel() for t in targets)
+            try:
+                return swept(loss, scale, targets, lambda v, entries: v < size and entries < LARGEST, self._read)
+            except CurvatureError:
+                pass
+        with differentiated_twice(what):
+            return self._by_products(loss, scale, targets)
+
+    def _read(self, target: Target, waves: Sequence[Any]) -> Tensor | None:
+        total = None
+        for sign, wave in zip((1, -1), waves, strict=True):
+            for value in () if wave is None else self._squares(wave, target):
+                total = sign * value if total is None else total.add_(value, alpha=sign)
+        return total
+
+    def _squares(self, wave: Any, target: Target) -> list[Tensor]:
+        found = arrived(wave, target)
+        return [squared(value) for value in (*found.samples, *found.whole, *found.diagonal)]
+
+    def _by_products(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        gradients = torch.autograd.grad(loss, targets, scale, create_graph=True, allow_unused=True)
+        return self._diagonals(gradients, targets)
+
+    def _diagonals(self, gradients: Sequence[Tensor | None], targets: Sequence[Tensor]) -> list[Tensor | None]:
+        return [None if g is None else self._diagonal(g, x) for g, x in zip(gradients, targets, strict=True)]
 
     def _diagonal(self, gradient: Tensor, x: Tensor) -> Tensor:
         if not gradient.requires_grad or not x.numel():
@@ -61,10 +96,81 @@ class DiagHessian(WholeGraph):
         return torch.zeros_like(rows, dtype=x.dtype) if products is None else products.flatten(1)[rows, index].detach()
 
 
-def _refuse_mistaken(loss: Tensor) -> None:
+@dataclass(frozen=True)
+class BatchDiagHessian(DiagHessian):
+    """Exact Hessian diagonal of every sample's part of the loss, ``[N, *P]``; :class:`DiagHessian` is their sum.
+
+    With the loss a sum over samples, L = Σ_n ℓ_n (a mean has the 1/N in ℓ_n). Costs and arguments as there; products
+    are taken for one sample at a time.
+
+    Raises:
+        CurvatureError: as there; and if samples depend on each other, or a term of the loss belongs to none.
+    """
+
+    savefield = "diag_h_batch"
+
+    def _squares(self, wave: Any, target: Target) -> list[Tensor]:
+        samples = arrived(wave, target).owned(type(self).__name__)
+        return [] if samples is None else [samples.sample_squares()]
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b])
+
+    def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor]:
+        found = super().compute(loss, scale, targets)
+        n = next((len(h) for h in found if h is not None), 0)
+        return [t.new_zeros(n, *t.shape) if h is None else h for t, h in zip(targets, found, strict=True)]
+
+    def _by_products(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        edges, axes, n = _summed_up(loss, targets)
+        gradients = torch.autograd.grad(loss, edges, scale, create_graph=True)
+        rows = []
+        for k in range(n):
+            parts = [masked(g.unsqueeze(0), axis, n)[0, k] for g, axis in zip(gradients, axes, strict=True)]
+            own = torch.autograd.grad(edges, targets, parts, create_graph=True, allow_unused=True)
+            rows.append(self._diagonals(own, targets))
+        return [None if None in row else torch.stack(row) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
+
+
+def _summed_up(loss: Tensor, targets: Sequence[Tensor]) -> tuple[list[GradientEdge], list[Any], int]:
+    """The tensors of which the loss is a sum over samples, where they hold them, and how many there are."""
+    graph = Graph([loss.grad_fn])  # type: ignore[list-item]
+    places = {edge for t in targets if (edge := graph.edge_of(t)) is not None}
+    operations = graph.operations(places)
+    samples = Samples(operations, places)
+    samples.follow()
+    inputs = [place for op in operations if op.summed for place in zip(op.edges, op.axes_in, op.inputs, strict=True)]
+    found = {edge: axis for edge, axis, _ in inputs if axis is not None}
+    loose = [e for e, axis, m in inputs if axis is None and m is not None and (e in places or prod(m.shape) > 1)]
+    nodes = {node for node, _ in found}
+    below = Graph([child for node in nodes for child, _ in node.next_functions if child is not None]).outputs
+    if loose or not nodes.isdisjoint(below):
+        raise CurvatureError(
+            "BatchDiagHessian: products are needed here (see DiagHessian), and they cannot tell samples apart in a "
+            "loss with a term that belongs to none (a penalty on the weights?), or with terms of which one is computed "
+            "from the other. Call backward() on one term at a time, each in a block of its own"
+        )
+    return [GradientEdge(*edge) for edge in found], list(found.values()), samples.n or 1
+
+
+@contextmanager
+def differentiated_twice(what: str) -> Iterator[None]:
+    """Within, an operation that cannot be differentiated twice is an error that says so."""
+    try:
+        with torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        raise CurvatureError(
+            f"{what} needs a graph that can be differentiated twice: {error}. For attention, run the forward "
+            "pass within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); HesScale needs no such thing."
+        ) from error
+
+
+def refuse_mistaken(loss: Tensor, what: str) -> None:
+    """Refuse operations whose second derivative PyTorch has wrong."""
     for node, _ in Graph([loss.grad_fn] if loss.grad_fn is not None else []).order:
         if node.name() in MISTAKEN:
             raise CurvatureError(
-                f"DiagHessian: PyTorch's second derivative of {node.name()} is wrong. For weight norm, write "
+                f"{what}: PyTorch's second derivative of {node.name()} is wrong. For weight norm, write "
                 "g * v / v.norm(...) with ordinary operations; HesScale has a rule of its own."
             )

@@ -1,0 +1,142 @@
+"""The Jacobian of the model's output, and its Gram matrix, the neural tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from ..graph import Edge, Operation
+from ..hessians import one_by_one
+from ..persample import PerSample
+from ..samples import Axis
+from ..sources import loss_hessian
+from ..wave import Wave
+from .base import Target
+from .ggn import _FactorReading
+from .waves import Arrived, Factor, Waves, formed
+
+
+class _Identity:
+    """The columns of an identity matrix at the output itself; of an output that has two users there are no more."""
+
+    def __add__(self, other: _Identity) -> _Identity:
+        return self
+
+
+IDENTITY = _Identity()
+
+
+@dataclass(frozen=True)
+class OutputColumns(Factor):
+    """Columns that start as an identity at the inputs of the topmost nonlinear operation, or at marked tensors.
+
+    Raises:
+        CurvatureError: in :meth:`step`, if the loss is nonlinear in a tensor that holds no samples.
+    """
+
+    def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
+        opened = [
+            values and {edge: _opened(op, k) if value is IDENTITY else value for edge, value in values.items()}
+            for k, values in enumerate(wave)
+        ]
+        return super().step(op, g, opened)
+
+    def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
+        return dict.fromkeys(loss_hessian(op, g), IDENTITY)
+
+    def seeds(self, output: Any) -> dict[Edge, Any]:
+        return {(op.node, 0): {(op.node, 0): IDENTITY} for op in output.marks}
+
+    def reduced(self, op: Operation, wave: Any, i: int) -> Any:
+        return {op.edges[i] if value is IDENTITY else source: value for source, value in wave.items()}
+
+
+def _opened(op: Operation, k: int) -> Tensor:
+    meta, axis = op.outputs[k], op.axes_out[k]
+    if axis is None:
+        raise CurvatureError(
+            "the loss is nonlinear in a tensor that belongs to no sample (a mean over the batch, a function of weights "
+            "alone), so that it is not clear what the model's output is. Mark it: z = curvext.output(model(x))"
+        )
+    return _identity(torch.ones(meta.shape, dtype=meta.dtype, device=meta.device), axis, op.n_samples)
+
+
+def _identity(ones: Tensor, axis: Axis, n: int) -> Tensor:
+    return one_by_one(ones, axis, n)
+
+
+class _OfOutput(_FactorReading):
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (OutputColumns(),)
+
+    def read(self, target: Target, *waves: Any) -> Any:
+        values: dict[Any, Any] = {}
+        for source, value in (waves[0] or {}).items():
+            if value is not IDENTITY:
+                values[source] = value
+            elif target.axis is not None:  # the output itself; a term in the parameter alone is none
+                values[source] = _identity(torch.ones_like(target.tensor), target.axis, target.n or 1)
+        return super().read(target, values)
+
+    def of(self, found: Arrived, target: Target) -> Any:
+        columns = found.owned(type(self).__name__)
+        assert columns is not None
+        return self.reading(columns, target)
+
+    def reading(self, columns: PerSample, target: Target) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Jacobian(_OfOutput):
+    """Derivatives of every sample's outputs, ``[C, N, *P]``: ``jacobian[c, n]`` = ∂z_nc/∂p.
+
+    C counts all outputs of a sample, classes times positions, in the order of the flattened output. The output z is
+    the input of the topmost nonlinear operation under the loss (logits under cross entropy, the prediction under
+    squared error), or what :func:`curvext.output` marks; several outputs follow one another along C. The values of the
+    loss do not matter. Several backward passes in one block are joined along N.
+
+    Raises:
+        CurvatureError: in ``backward()``, if the loss is nonlinear in a tensor that holds no samples, or samples depend
+            on each other.
+    """
+
+    savefield = "jacobian"
+
+    def reading(self, columns: PerSample, target: Target) -> Tensor:
+        return formed(columns, target, self.savefield, columns.size)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b], 1)
+
+    def zero(self, target: Target) -> Tensor:
+        return target.tensor.new_zeros(0, target.n or 0, *target.tensor.shape)
+
+
+@dataclass(frozen=True)
+class NTK(_OfOutput):
+    """One parameter's part of the neural tangent kernel, ``[N, C, N, C]``: ⟨∂z_nc/∂p, ∂z_md/∂p⟩.
+
+    The kernel is the sum over parameters, ``sum(p.ntk for p in model.parameters())``. For the weight of a linear layer
+    it is the product of two Gram matrices, and the Jacobian is not formed. Outputs as for :class:`Jacobian`; of one
+    backward pass. A parameter that no output depends on has ``[N, 1, N, 1]`` zeros, which broadcast in the sum.
+
+    Source: Jacot, Gabriel & Hongler, Neural tangent kernel, 2018, https://arxiv.org/abs/1806.07572.
+    """
+
+    savefield = "ntk"
+
+    def reading(self, columns: PerSample, target: Target) -> Tensor:
+        return columns.gram().permute(1, 0, 3, 2)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        raise RuntimeError("NTK: products between the samples of two backward passes are not kept; use one")
+
+    def zero(self, target: Target) -> Tensor:
+        return target.tensor.new_zeros(target.n or 0, 1, target.n or 0, 1)
