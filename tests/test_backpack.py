@@ -39,13 +39,6 @@ RANDOM = {"diag_ggn_optimizer"}
 N = 7
 
 
-@pytest.fixture(autouse=True)
-def forgotten():
-    """No model of another test is extended."""
-    yield
-    gc.collect()
-
-
 def problem(model: nn.Module | None = None, *shape: int):
     model = mlp() if model is None else model
     return model, nn.CrossEntropyLoss(), torch.randn(N, *(shape or (4,))), torch.randint(0, 3, (N,))

@@ -58,6 +58,7 @@ def convolutions(d: int) -> dict[str, tuple[tuple[int, ...], Callable[[], list[n
     lift = lambda **options: kind(2, 4, 2, **options)  # noqa: E731
     layers = {
         "conv": lambda: [lift(stride=2, padding=1), nn.Tanh(), kind(4, 3, 2, bias=False)],
+        "conv, one position": lambda: [kind(2, 3, SHAPES[d][-1]), nn.Tanh()],
         "dilated": lambda: [lift(dilation=2), nn.Sigmoid()],
         "grouped": lambda: [kind(2, 4, 2, groups=2), nn.ReLU()],
         "transposed": lambda: [transposed(2, 3, 2, stride=2, padding=1), nn.Tanh(), transposed(3, 2, 2)],
@@ -107,7 +108,7 @@ def knows(name: str, modules: list[nn.Module]) -> bool:
 
 def right(name: str, modules: list[nn.Module], chain: str, loss: str) -> bool:
     """Whether it is right, or works at all, where it says that it has it."""
-    if name in KRONECKER and any(isinstance(m, CONVOLUTIONS) for m in modules):
+    if name in KRONECKER and any(isinstance(m, CONVOLUTIONS) for m in modules) and "one position" not in chain:
         return False  # off by the number of positions
     if name == "BatchL2Grad" and "grouped" in chain:
         return False  # more than the squared norm of its own grad_batch
@@ -115,7 +116,7 @@ def right(name: str, modules: list[nn.Module], chain: str, loss: str) -> bool:
         return False  # matrices only
     if name == "PCHMP" and any(isinstance(m, (nn.Sigmoid, nn.Tanh)) for m in modules):
         return False  # the residual is multiplied by the gradient twice
-    return not (name == "KFRA" and loss.startswith("binary"))  # not implemented
+    return not (name == "KFRA" and (loss.startswith("binary") or chain == "identity and dropout"))  # not implemented
 
 
 def combinations() -> list[tuple[str, str, str]]:
@@ -182,7 +183,7 @@ def test_same_samples(name):
     same(name, data("Tanh", "cross entropy"), subsampling=[2, 0])
 
 
-@pytest.mark.parametrize("name", ["DiagGGNMC", "BatchDiagGGNMC", "SqrtGGNMC"])
+@pytest.mark.parametrize("name", ["DiagGGNMC", "BatchDiagGGNMC", "SqrtGGNMC", "KFAC"])
 @pytest.mark.parametrize("loss", ["cross entropy", "squared error", "binary, sum"])
 def test_same_mean_of_random_quantities(name, loss):
     problem = data("Tanh", loss)
