@@ -238,7 +238,7 @@ def mm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, Per
 def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
     """As mm, scaled by α; the added vector gets Σ over a sample's rows."""
     found = _products(op, _by(s, op.alpha), op.mat1, op.mat2, wanted[1:], 1)
-    if wanted[0] and op.axes_out[0].dim == 0 and list(op.inputs[0].shape) == list(op.outputs[0].shape[1:]):
+    if wanted[0] and op.axes_out[0].dim <= 0 and list(op.inputs[0].shape) == list(op.outputs[0].shape[1:]):
         found[0] = Dense(_by(over(front(s, op.axes_out[0], op.n_samples, 1), 2), op.beta))
     return found
 
@@ -248,7 +248,7 @@ def _products(op: Operation, s: Tensor, a: Any, b: Any, wanted: Sequence[bool], 
     axis, n = op.axes_out[0], op.n_samples
     if _sparse(a, b):
         return {}
-    if axis.dim == 0 and wanted[1]:
+    if axis.dim <= 0 and wanted[1]:
         waves, x = front(s, axis, n, 1), front(a.conj(), axis, n)
         return {first + 1: Outer(waves.unsqueeze(2), x.unsqueeze(1), tuple(op.inputs[first + 1].shape), flipped=True)}
     if axis.dim == 1 and wanted[0]:
