@@ -17,6 +17,7 @@ from curvext import CurvatureError
 from curvext import extend as block
 from curvext.backpack import backpack, disable, extend
 from curvext.backpack.extensions import (
+    KFLR,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
@@ -377,6 +378,19 @@ class TestSilentErrors:
         shape = (2, 5) if kind is nn.Conv1d else (2, 3, 3)
         body = nn.Sequential(kind(2, 4, 2, groups=2), nn.Tanh(), nn.Flatten())
         self.classified(nn.Sequential(body, nn.Linear(body(torch.zeros(1, *shape)).shape[1], 3)), *shape)
+
+    def test_kronecker_factors_of_convolutions(self):
+        conv, head = nn.Conv2d(2, 3, 2), nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(27, 3))
+        x, y = torch.randn(N, 2, 4, 4), torch.randint(0, 3, (N,))
+        extend(conv)
+        with backpack(KFLR()):
+            F.cross_entropy(head(conv(x)), y).backward()
+        z = conv(x).detach().requires_grad_()
+        ggn = gauss_newton(lambda: head(z), lambda z: F.cross_entropy(z, y), [z]).view(N, 3, 9, N, 3, 9)
+        patches = F.unfold(x, 2)
+        torch.testing.assert_close(conv.weight.kflr[0], torch.einsum("notnpt->op", ggn))
+        torch.testing.assert_close(conv.weight.kflr[1], torch.einsum("nit,njt->ij", patches, patches) / (9 * N))
+        torch.testing.assert_close(conv.bias.kflr[0], torch.einsum("notnps->op", ggn))
 
     def test_targets_that_are_no_probabilities(self):
         y = torch.rand(N, 3)
