@@ -17,7 +17,9 @@ from curvext import CurvatureError
 from curvext import extend as block
 from curvext.backpack import backpack, disable, extend
 from curvext.backpack.extensions import (
+    HMP,
     KFLR,
+    PCHMP,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
@@ -378,6 +380,20 @@ class TestSilentErrors:
         shape = (2, 5) if kind is nn.Conv1d else (2, 3, 3)
         body = nn.Sequential(kind(2, 4, 2, groups=2), nn.Tanh(), nn.Flatten())
         self.classified(nn.Sequential(body, nn.Linear(body(torch.zeros(1, *shape)).shape[1], 3)), *shape)
+
+    def test_products_with_the_positive_hessian(self):
+        """Where every operation bends upwards it is the Hessian; BackPACK has the gradient twice."""
+        model, x = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3)), torch.rand(N, 4)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.abs_()
+            model[0].weight.neg_(), model[0].bias.neg_()
+        extend(model)
+        with backpack(PCHMP(), HMP()):
+            F.mse_loss(model(x), -torch.rand(N, 3)).backward()
+        for p in model.parameters():
+            v = torch.randn(2, *p.shape)
+            torch.testing.assert_close(p.pchmp(v), p.hmp(v))
 
     def test_kronecker_factors_of_convolutions(self):
         conv, head = nn.Conv2d(2, 3, 2), nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(27, 3))

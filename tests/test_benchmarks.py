@@ -125,12 +125,12 @@ class TestBackpack:
 
     def test_quick(self, script, tmp_path, capsys):
         output = tmp_path / "backpack.json"
-        script.main(["--quick", "--quantities", "BatchL2Grad", "SqrtGGNMC", "--output", str(output)])
+        script.main(["--quick", "--quantities", "BatchL2Grad", "KFRA", "HMP", "--output", str(output)])
         results = json.loads(output.read_text())
         for quantity, entry in results["models"]["MLP"]["4"].items():
             assert not entry["refused"], quantity
             assert set(entry["ratio"]) == set(entry["bytes"]) == {"gradient step", "curvext", "BackPACK"}
-        assert "SqrtGGNMC" in capsys.readouterr().out
+        assert "HMP" in capsys.readouterr().out
         assert "| BatchL2Grad | " in script.measured(results)
 
     def test_parts_are_added(self, script, tmp_path):
