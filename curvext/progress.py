@@ -30,7 +30,8 @@ class Checkpoint:
     """The file from which an interrupted run goes on; with ``path=None``, nothing.
 
     It is written after every ``every`` steps, when the run ends, and when it is broken off by whatever exception,
-    Ctrl-C included: the same call again goes on where that one stopped.
+    Ctrl-C included: the same call again goes on where that one stopped. A state that is empty is not written, and the
+    file left as it is: the run was broken off while it changed.
 
     Args:
         path: the file.
@@ -71,7 +72,7 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write beside the file, then rename: a run killed meanwhile leaves the old one whole."""
-        if self.path is None:
+        if self.path is None or not state:
             return
         beside = self.path.with_name(self.path.name + ".part")
         torch.save({"problem": self.problem, "state": dict(state)}, beside)

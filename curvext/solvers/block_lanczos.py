@@ -109,11 +109,14 @@ class _Run:
         self.T = torch.zeros(0, 0, dtype=torch.float64)
         self.m = self.products = 0
         self.random = torch.Generator().manual_seed(0)
+        self.whole = True  # whether what is above belongs together
 
     def steps(self) -> Iterator[None]:
         while not self.reason:
             if self.m + self.width > self.size:
+                self.whole = False
                 self.restart()
+                self.whole = True
             self.step()
             yield
 
@@ -128,11 +131,13 @@ class _Run:
         W, T = W - again @ Q, _host(T + again)
         if not bool(T.isfinite().all()):
             raise CurvatureError(f"a product of the operator is not finite, after {self.products} products")
+        self.whole = False
         right, below = T[:, : self.m], T[:, self.m :]
         self.T = torch.cat([torch.cat([self.T, right.T], 1), torch.cat([right, (below + below.T) / 2], 1)])
         self.m = len(self.T)
         self._follow(W)
         self._diagonalise()
+        self.whole = True
 
     def _follow(self, W: Tensor) -> None:
         """W = (next rows)ᵀ R: fewer rows where the space ends, random ones where W has lost rank."""
@@ -171,7 +176,7 @@ class _Run:
         best, after = self.vectors[:, :keep], self.Q[self.m : self.m + self.width].clone()
         self.Q[:keep] = best.T.to(self.Q) @ self.Q[: self.m]
         self.Q[keep : keep + self.width] = after
-        self.T, self.m = self.values[:keep].diag(), keep
+        self.T, self.coupling, self.m = self.values[:keep].diag(), self.coupling @ best, keep
 
     @property
     def reason(self) -> str:
@@ -191,6 +196,8 @@ class _Run:
         return Eigenpairs(values, vectors, residuals, accepted, converged, self.products, reason)
 
     def state(self) -> dict[str, Any]:
+        if not self.whole:
+            return {}
         kept = {"Q": self.Q[: self.m + self.width].clone(), "T": self.T, "products": self.products}
         return kept | ({"coupling": self.coupling} if self.m else {})
 
@@ -206,7 +213,8 @@ class _Run:
         self._diagonalise()
         self.products = state["products"] + 1
         product = self.operator @ self.Q[0]
-        if not abs(float(self.Q[0] @ product - self.T[0, 0])) <= 1e-3 * float(torch.linalg.vector_norm(product)):
+        away = abs(float(self.Q[0] @ product) - float(self.T[0, 0]))
+        if not away <= torch.finfo(product.dtype).eps ** 0.5 * float(torch.linalg.vector_norm(product)):
             raise CurvatureError("the checkpoint belongs to another operator: a product differs")
 
 

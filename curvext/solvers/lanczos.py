@@ -151,6 +151,7 @@ class _Run:
         self.beta: list[float] = []
         self.converged = b.new_empty(0, len(b))  # Ritz vectors, for selective orthogonalisation
         self.products = 0
+        self.whole = True  # whether what is above belongs together
 
     def steps(self) -> Iterator[None]:
         while len(self.alpha) < self.limit and not self.invariant:
@@ -173,11 +174,13 @@ class _Run:
         beta = float(torch.linalg.vector_norm(w))
         if not beta < float("inf"):
             raise CurvatureError(f"a product of the operator is not finite, at Lanczos step {k + 1}")
+        self.whole = False
         self.alpha.append(alpha)
         self.beta.append(beta)
         self._row(k + 1)[:] = w / beta if beta else 0
         if self.how == "selective" and beta:
             self._select()
+        self.whole = True
 
     def _row(self, k: int) -> Tensor:
         return self.basis[k if self.keep else k % 2]
@@ -207,6 +210,8 @@ class _Run:
         return Krylov(basis, alpha, beta, self.length, self.products, self.invariant)
 
     def state(self) -> dict[str, Any]:
+        if not self.whole:
+            return {}
         kept = min(len(self.alpha) + 1, len(self.basis))
         converged = self.converged.clone()
         return {"basis": self.basis[:kept].clone(), "alpha": self.alpha, "beta": self.beta, "converged": converged}
@@ -224,5 +229,5 @@ class _Run:
         product = self.operator @ first
         self.products += 1
         away = abs(float(first @ product) - self.alpha[0])
-        if not away <= 1e-3 * float(torch.linalg.vector_norm(product)):
+        if not away <= torch.finfo(first.dtype).eps ** 0.5 * float(torch.linalg.vector_norm(product)):
             raise CurvatureError("the checkpoint belongs to another operator: its first product differs")

@@ -124,10 +124,11 @@ def _between(a: _Point, b: _Point) -> float:
     if not all(map(math.isfinite, (a.value, a.slope, b.value, b.slope))):
         return middle
     d1 = a.slope + b.slope - 3 * (a.value - b.value) / (a.size - b.size)
-    square = d1**2 - a.slope * b.slope
+    unit = max(abs(d1), abs(a.slope), abs(b.slope))  # the squares would overflow
+    square = (d1 / unit) ** 2 - (a.slope / unit) * (b.slope / unit) if unit else -1.0
     if square < 0:
         return middle
-    d2 = math.copysign(math.sqrt(square), b.size - a.size)
+    d2 = math.copysign(unit * math.sqrt(square), b.size - a.size)
     if b.slope - a.slope + 2 * d2 == 0:
         return middle
     size = b.size - (b.size - a.size) * (b.slope + d2 - d1) / (b.slope - a.slope + 2 * d2)

@@ -53,7 +53,8 @@ def saddle_free_series(
         scale: V, or the one of the call before (``solution.scale``).
         adapt: raise V to ‖A²b‖ / ‖b‖, a lower bound of ‖A‖² that costs nothing.
         decay: V shrinks by this factor first, so that one early spike does not keep all later steps small.
-        tolerance: ``converged`` tells whether the last term is below ``tolerance`` times the sum.
+        tolerance: ``converged`` tells whether the terms left out are below ``tolerance`` of the sum in every direction,
+            whatever its eigenvalue: 1 - δ / V^½ Σ cₘ, which is what is missing for h = 0.
 
     Returns:
         ``residuals`` are norms of the terms.
@@ -79,7 +80,7 @@ def saddle_free_series(
         sums = [*sums[-2 * order :], sums[-1] + weight * v] if order else [sums[-1] + weight * v]
         sizes.append(abs(weight) * norm(v))
     x = shanks(sums)
-    reason = "tolerance" if bool(sizes[-1] <= tolerance * norm(x)) else "terms"
+    reason = "tolerance" if 1 - damping * sum(weights) <= tolerance else "terms"
     if not bool(sizes[-1] <= 2 * sizes[0]):
         reason, V = "diverged", max(V, float(torch.stack(ratios).max()))
     return SeriesSolution(x, torch.stack(sizes), reason == "tolerance", 2 * (terms - 1), reason, scale=V)

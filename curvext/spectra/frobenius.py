@@ -1,0 +1,22 @@
+"""The Frobenius norm of a symmetric operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .estimate import Estimate
+from .trace import _split
+
+
+def frobenius_norm(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
+    """‖A‖_F for symmetric A, by Hutch++ on A²: ‖A‖_F² = ‖AQ‖_F² + E‖A (I - QQᵀ) z‖², Q a sketch of A's range.
+
+    No product is needed twice. The square is unbiased; ``error`` is that of the root, to first order.
+    """
+    _, AQ, rest, used = _split(operator, products, chunk, seed)
+    remainder = torch.cat([((operator @ z) ** 2).sum(0) for z in rest])
+    square = Estimate.mean(remainder, used + len(remainder))
+    norm = ((AQ * AQ).sum() + square.value).sqrt()
+    return Estimate(norm, torch.where(norm > 0, square.error / (2 * norm), square.error), square.products)

@@ -1,0 +1,127 @@
+"""The trace of an operator from products with random vectors: Hutchinson, Hutch++, XTrace."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from ..progress import shown
+from .estimate import Estimate, batches, leave_one_out, probes
+
+
+def trace(operator: Any, *, method: str = "xtrace", products: int = 60, seed: int = 0, **options: Any) -> Estimate:
+    """tr A from ``products`` products; ``method`` is ``"xtrace"``, ``"hutch++"`` or ``"hutchinson"``.
+
+    Which: XTrace for a symmetric operator whose spectrum decays, as curvature does; Hutchinson where its ``products`` /
+        2 vectors
+    are more than memory holds.
+    """
+    methods = {"xtrace": xtrace, "hutch++": hutch_pp, "hutchinson": hutchinson}
+    if method not in methods:
+        raise CurvatureError(f"trace by {method!r}: one of {', '.join(methods)}")
+    return methods[method](operator, products=products, seed=seed, **options)
+
+
+def hutchinson(
+    operator: Any,
+    *,
+    products: int = 100,
+    kind: str = "rademacher",
+    chunk: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> Estimate:
+    """tr A = E[zᵀAz], the mean over ``products`` random vectors, ``chunk`` at a time.
+
+    With Rademacher vectors the variance of one is 2 (‖A‖_F² - Σ aᵢᵢ²) for symmetric A: zero for diagonal ones.
+
+    Source: M. Hutchinson, A stochastic estimator of the trace of the influence matrix, 1989.
+    """
+    work = shown(batches(operator, products, chunk, kind, seed), progress, "trace", -(-products // chunk))
+    return Estimate.mean(torch.cat([(z * (operator @ z)).sum(0) for z in work]), products)
+
+
+def hutch_pp(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
+    """tr A = tr QᵀAQ + tr (I - QQᵀ)A(I - QQᵀ): Q spans a sketch of A's range, the rest is left to Hutchinson.
+
+    A third of the products each for the sketch, for Q and for the rest; memory of ``products`` / 3 vectors. ``error``
+    is of the rest, the first part being exact.
+
+    Source: R. Meyer, C. Musco, C. Musco, D. Woodruff, Hutch++: optimal stochastic trace estimation, 2021.
+    """
+    Q, AQ, rest, used = _split(operator, products, chunk, seed)
+    remainder = torch.cat([(z * (operator @ z)).sum(0) for z in rest])
+    estimate = Estimate.mean(remainder, used + len(remainder))
+    return Estimate(estimate.value + (Q * AQ).sum(), estimate.error, estimate.products)
+
+
+def _split(operator: Any, products: int, chunk: int, seed: int) -> tuple[Tensor, Tensor, list[Tensor], int]:
+    """An orthonormal sketch of the range, its product, and random vectors orthogonal to it."""
+    n = operator.shape[0]
+    rank = min(products // 3, n)
+    if rank < 1:
+        raise CurvatureError(f"products={products}: three at least")
+    Q = torch.linalg.qr(_columns(operator, probes(operator, rank, seed=seed), chunk)).Q
+    rest = batches(operator, max(2, products - 2 * rank), chunk, seed=seed + 1)
+    return Q, _columns(operator, Q, chunk), [z - Q @ (Q.T @ z) for z in rest], 2 * rank
+
+
+def _columns(operator: Any, Z: Tensor, chunk: int) -> Tensor:
+    """A Z, ``chunk`` columns at a time."""
+    return torch.cat([operator @ z for z in Z.split(chunk, dim=1)], 1)
+
+
+def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
+    """Hutch++ with every random vector used for both of its parts: the mean over i of
+
+        tr QᵢᵀAQᵢ + (P - m + 1) εᵢᵀAεᵢ / ‖εᵢ‖²,      εᵢ = (I - QᵢQᵢᵀ) zᵢ,
+
+    m = ``products`` / 2, z on the sphere, and Qᵢ a basis of the other m - 1 vectors' images. Memory of 4 m vectors;
+    exact for rank below m, or m > P. ``error`` is the spread over i, indicative since the terms are not independent.
+
+    Source: E. Epperly, J. Tropp, R. Webber, XTrace: making the most of every sample in stochastic trace estimation,
+        2024.
+    """
+    n, m = operator.shape[0], min(products // 2, operator.shape[0])
+    if m < 2:
+        raise CurvatureError(f"products={products} for P = {n}: four at least, and two unknowns")
+    Z = probes(operator, m, "sphere", seed)
+    Y = _columns(operator, Z, chunk)
+    Q, R = torch.linalg.qr(Y)
+    U, S = leave_one_out(R)
+    Q = Q @ U
+    AQ = _columns(operator, Q, chunk)
+    coordinates = Q.T @ Z
+    coordinates -= S * (S * coordinates).sum(0)  # of QᵢQᵢᵀ zᵢ
+    ε, Aε = Z - Q @ coordinates, Y - AQ @ coordinates
+    inside = (Q * AQ).sum() - (S * (Q.T @ AQ @ S)).sum(0)
+    left, squares = n - Q.shape[1] + S.any(0).long(), (ε * ε).sum(0)
+    outside = torch.where(left > 0, left * (ε * Aε).sum(0) / squares, 0)
+    return Estimate.mean(inside + outside, m + Q.shape[1])
+
+
+class Split(NamedTuple):
+    """tr H, tr F and tr S, S = H - F."""
+
+    H: Estimate
+    F: Estimate
+    S: Estimate
+
+
+def split_traces(
+    hessian: Any, gauss_newton: Any, *, products: int = 100, kind: str = "rademacher", chunk: int = 16, seed: int = 0
+) -> Split:
+    """Traces of H, F and S = H - F by Hutchinson with common random vectors: zᵀSz = zᵀHz - zᵀFz for each.
+
+    The error of tr S is that of the differences, smaller by far than those of tr H and tr F where S is small.
+    ``products`` are with each operator.
+    """
+    pairs = [
+        torch.stack([(z * (hessian @ z)).sum(0), (z * (gauss_newton @ z)).sum(0)])
+        for z in batches(hessian, products, chunk, kind, seed)
+    ]
+    h, f = torch.cat(pairs, 1)
+    return Split(*(Estimate.mean(samples, products) for samples in (h, f, h - f)))
