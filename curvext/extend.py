@@ -248,7 +248,9 @@ class _Reader:
     def _read(self, edge: Edge, waves: Sequence[Any]) -> None:
         block, target = self.block, self.targets[edge]
         # results of an earlier block: let go of one by one, so that their memory is reused while it is warm
-        target.earlier = block.earlier.pop(id(target.tensor), {})
+        earlier = block.earlier.pop(id(target.tensor), {})
+        target.earlier = {q.savefield: earlier.pop(q.savefield, []) for q in block.asked[target.names[0]] if q.recycles}
+        del earlier
         readings = []
         for quantity in block.asked[target.names[0]]:
             if isinstance(quantity, Quantity):

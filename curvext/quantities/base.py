@@ -23,6 +23,7 @@ class Saved(ABC):
 
     savefield: ClassVar[str]
     total: ClassVar[bool] = False  # whether it reads ``target.gradient``
+    recycles: ClassVar[bool] = False  # whether it writes into ``target.memory``
     per_sample: ClassVar[bool] = False  # whether it depends on how the loss is divided into samples
 
     def add(self, a: Any, b: Any) -> Any:

@@ -102,6 +102,7 @@ class BatchDiagGGNMC(_MonteCarlo, _BatchDiagonal):
 
 
 class _Root(_FactorReading):
+    recycles = True
     per_sample = True
     subsampling: Sequence[int] | None = None
 

@@ -49,6 +49,7 @@ class BatchGrad(_FirstOrder):
 
     subsampling: Sequence[int] | None = None
     savefield = "grad_batch"
+    recycles = True
 
     def __post_init__(self) -> None:
         if self.subsampling is not None:
