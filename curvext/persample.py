@@ -141,7 +141,13 @@ class Dense(PerSample):
 
 
 VIEWS = {"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "AliasBackward0", "UnsqueezeBackward0"}
-TRANSPOSES = {"TBackward0"}
+
+
+def transposes(op: Any) -> bool:
+    """Whether an operation swaps the two dimensions of a matrix."""
+    if op.name == "PermuteBackward0":
+        return [d % 2 for d in op.dims] == [1, 0]
+    return op.name == "TBackward0" or (op.name == "TransposeBackward0" and op.dim0 % 2 != op.dim1 % 2)
 
 
 @dataclass(frozen=True)
@@ -256,6 +262,6 @@ class Outer(PerSample):
         if op.name in VIEWS and prod(shape) == prod(self.shape):
             return replace(self, shape=shape)
         matrix = (self.s.shape[4], self.x.shape[3])[:: -1 if self.flipped else 1]
-        if op.name in TRANSPOSES and self.s.shape[2] == 1 and self.shape == matrix:
+        if self.s.shape[2] == 1 and self.shape == matrix and transposes(op):
             return replace(self, shape=shape, flipped=not self.flipped)
         return Dense(self.dense()).through(op, apply)

@@ -19,7 +19,7 @@ from ..rows import Rows
 from ..samples import Axis, back, front
 from ..wave import Wave
 from .base import Target
-from .kronecker import Kept, Sums, sums
+from .kronecker import Kept, Sums, sums, wide
 from .waves import Factor
 
 ALIKE = {  # y is the same linear function of every sample's x, whatever x is
@@ -59,7 +59,7 @@ class Averaged(Factor):
         return found
 
     def _of(self, hessian: LossHessian, op: Operation, axis: Axis, n: int) -> Any:
-        s = front(hessian.fewest(axis, n), axis, n, 1).flatten(2).flatten(0, 1)
+        s = wide(front(hessian.fewest(axis, n), axis, n, 1).flatten(2).flatten(0, 1))
         return Mean(s.mT @ s)
 
     def _below(self, op: Operation, value: Any) -> dict[int, Any]:
@@ -99,7 +99,7 @@ def _columns(op: Operation, rows: Tensor) -> Tensor:
     """``rows [R, N, D]``, one vector for each sample, as columns at the operation's output."""
     shape, axis, n = op.outputs[0].shape, op.axes_out[0], op.n_samples
     split = front(torch.empty(shape, device="meta"), axis, n).shape[1:]
-    return back(rows.reshape(len(rows), n, *split), axis, shape, n, 1)
+    return back(rows.reshape(len(rows), n, *split), axis, shape, n, 1).to(op.outputs[0].dtype)
 
 
 def _dealt(op: Operation, rows: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _passed(op: Operation, i: int, columns: Tensor) -> Tensor:
     others = [None] * (len(op.outputs) - 1)
     found = pass_columns(op, [columns, *others], [j == i for j in range(len(op.edges))])[i]
     assert found is not None
-    return front(reduced_columns(op, found, i), op.axes_in[i], op.n_samples, 1).flatten(2)
+    return wide(front(reduced_columns(op, found, i), op.axes_in[i], op.n_samples, 1).flatten(2))
 
 
 def _averaged(op: Operation, i: int, m: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _averaged(op: Operation, i: int, m: Tensor) -> Tensor:
         once = _passed(op, i, _dealt(op, m)).flatten(0, 1)[: len(m)].mT
         return _passed(op, i, _dealt(op, once)).flatten(0, 1)[: len(once)]
     if rule is not None and rule.function.__name__ == "aligned" and op.inputs[i].shape == op.outputs[0].shape:
-        slopes = _passed(op, i, m.new_ones(1, *op.outputs[0].shape))[0]
+        slopes = _passed(op, i, m.new_ones(1, *op.outputs[0].shape, dtype=op.outputs[0].dtype))[0]
         return m * (slopes.mT @ slopes) / n
     once = _passed(op, i, _columns(op, m.unsqueeze(1).expand(-1, n, -1)))
     return _passed(op, i, _columns(op, once.transpose(0, 2))).mean(1)
@@ -172,5 +172,5 @@ class KFRA(Kept):
         """What is kept of Σ a bᵀ."""
         if isinstance(a, (Outer, Rows)) and isinstance(b, (Outer, Rows)):
             return sums(a, "expand", b)
-        rows, columns = (p.dense().flatten(0, 1).flatten(1) for p in (a, b))
+        rows, columns = (wide(p.dense()).flatten(0, 1).flatten(1) for p in (a, b))
         return rows.mT @ columns if rows.shape[1] <= self.dense_up_to else (rows * columns).sum(0)
