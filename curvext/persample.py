@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -38,6 +39,20 @@ def squared(x: Tensor) -> Tensor:
     for row in x[1:]:
         total.addcmul_(row, row)
     return total
+
+
+class WaveGram:
+    """Σ_v Σ_n s sᵀ ``[O, O]`` of a wave that a weight and its bias get, computed once; the wave in the form of each."""
+
+    def __init__(self, of_weight: Tensor, of_bias: Tensor):
+        self.of_weight, self.of_bias = of_weight, of_bias
+
+    @cached_property
+    def value(self) -> Tensor:
+        """In float32 at least."""
+        rows = self.of_bias.flatten(0, 1)
+        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        return rows.mT @ rows
 
 
 class PerSample(ABC):
@@ -106,6 +121,11 @@ class Dense(PerSample):
     """``values [V, N, *shape]``."""
 
     values: Tensor
+    wave: WaveGram | None = None
+
+    def block(self) -> Tensor:
+        same = self.wave is not None and self.wave.of_bias is self.values
+        return self.wave.value if same and self.wave is not None else super().block()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -165,6 +185,7 @@ class Outer(PerSample):
     x: Tensor
     shape: tuple[int, ...]
     flipped: bool = False
+    wave: WaveGram | None = None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -102,11 +102,14 @@ def sums(part: Outer | Rows, setting: str, other: Outer | Rows | None = None) ->
         return Sums(out, uses, uses, n if reduce else part.index.numel(), True)
     x = wide(part.x)
     x = (x.mean(2, keepdim=True) if reduce else x).transpose(0, 1).flatten(1, 2)
-    return Sums(out, x.mT @ x, x.sum(1), x.shape[1], part.flipped)
+    inputs = x.mT @ x if len(x) > 1 else (x[0].mT @ x[0]).unsqueeze(0)
+    return Sums(out, inputs, x.sum(1), x.shape[1], part.flipped)
 
 
 def _gram(a: Outer | Rows, b: Outer | Rows, reduce: bool) -> Tensor:
     """Σ over columns, samples and positions of outer products of waves, ``[G, O, O]``."""
+    if a is b and isinstance(a, Outer) and a.wave is not None and a.wave.of_weight is a.s:
+        return a.wave.value.unsqueeze(0)
     waves = [wide(p.s.unsqueeze(2) if isinstance(p, Rows) else p.s) for p in ((a,) if a is b else (a, b))]
     waves = [(s.sum(3, keepdim=True) if reduce else s).permute(2, 0, 1, 3, 4).flatten(1, 3) for s in waves]
     return waves[0].mT @ waves[-1]

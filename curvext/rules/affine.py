@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm as grouped
 
 from ..graph import Operation
-from ..persample import Dense, Outer, PerSample, over
+from ..persample import Dense, Outer, PerSample, WaveGram, over
 from ..registry import rule
 from ..samples import Axis, front
 from .structure import pointwise_rule
@@ -240,6 +241,10 @@ def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, 
     found = _products(op, _by(s, op.alpha), op.mat1, op.mat2, wanted[1:], 1)
     if wanted[0] and op.axes_out[0].dim <= 0 and list(op.inputs[0].shape) == list(op.outputs[0].shape[1:]):
         found[0] = Dense(_by(over(front(s, op.axes_out[0], op.n_samples, 1), 2), op.beta))
+        weight = found.get(2)
+        if isinstance(weight, Outer) and weight.positions == 1 and op.alpha == op.beta == 1:
+            wave = WaveGram(weight.s, found[0].values)
+            found[0], found[2] = replace(found[0], wave=wave), replace(weight, wave=wave)
     return found
 
 
