@@ -13,14 +13,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
+from .columns import indivisible, only, reads_columns, together
 from .errors import CurvatureError
 from .graph import Edge, Graph, nearest
 from .output import seeds
 from .quantities import HesScale
 from .quantities.base import Quantity, Selected, Target, WholeGraph
+from .quantities.waves import Factor
 from .samples import Samples
 from .selection import Model, assigned, checked, kept, named, trained
 from .sweep import Settings, Sweep
+from .wave import Wave
 
 
 class Curvature(Mapping[str, dict[str, Tensor]]):
@@ -76,6 +79,11 @@ class extend(TorchFunctionMode):
         generator: source of random probes and Monte-Carlo draws.
         probes: random probes for each operation that must be sampled.
         enumerate_up_to: operations without a rule are enumerated exactly up to this many entries, and sampled beyond.
+        max_memory: a budget in bytes for the columns that Gauss-Newton quantities carry at a time (at least one is).
+            Where all of them would take more, they are carried a few at a time, each few by another backward pass
+            over the graph; results are the same, but that random columns are other ones, and that
+            :class:`SqrtGGNExact` may have the columns of several losses in another order. Hooks of your own on
+            tensors run in every pass.
 
     Raises:
         TypeError: if ``model`` or a quantity is of the wrong kind.
@@ -94,6 +102,7 @@ class extend(TorchFunctionMode):
         generator: torch.Generator | None = None,
         probes: int = 1,
         enumerate_up_to: int = 256,
+        max_memory: int | None = None,
     ):
         super().__init__()
         self.model, self.only, self.samples, self.hook = kept(model), only, samples, extension_hook
@@ -104,7 +113,14 @@ class extend(TorchFunctionMode):
                 f"extend: probes and samples must be >= 1 and enumerate_up_to >= 0, got {probes}, {samples} and "
                 f"{enumerate_up_to}"
             )
-        self.options = {"generator": generator, "probes": probes, "enumerate_up_to": enumerate_up_to}
+        if max_memory is not None:
+            if max_memory < 1:
+                raise ValueError(f"extend: max_memory is a number of bytes, got {max_memory}")
+            for quantity in (entry.quantity for entry in self.entries if indivisible(entry.quantity)):
+                raise ValueError(f"extend: {type(quantity).__name__} needs all columns at once; leave out max_memory")
+        self.options = {
+            "generator": generator, "probes": probes, "enumerate_up_to": enumerate_up_to, "max_memory": max_memory
+        }  # fmt: skip
         self.waves = list({wave: None for entry in self.entries for wave in getattr(entry.quantity, "waves", ())})
 
     def __enter__(self) -> Curvature:  # type: ignore[override]
@@ -159,7 +175,7 @@ class extend(TorchFunctionMode):
         targets = self._targets(graph, inputs)
         reader = _Reader(self, targets)
         sweep = Sweep(graph, targets, self.waves, self.settings, reader.arrive)
-        failure = self._prepare(sweep, reader, loss, gradient)
+        failure = self._prepare(sweep, reader, loss, gradient) or self._in_parts(graph, sweep, reader, loss, gradient)
         try:
             with sweep if failure is None else nullcontext():
                 loss.backward(**arguments)
@@ -205,6 +221,29 @@ class extend(TorchFunctionMode):
             return error if at is None else _located(error, (at.kind, nearest(at.node, sweep.targets)))
         return None
 
+    def _in_parts(
+        self, graph: Graph, sweep: Sweep, reader: _Reader, loss: Tensor, gradient: Tensor | None
+    ) -> Exception | None:
+        """Carry the columns that are too many for the memory budget; ``sweep`` gets the last few."""
+        few = together(sweep.operations, self.waves, self.settings.max_memory)
+        if few is None:
+            return None
+        factors = [wave for wave in self.waves if isinstance(wave, Factor)]
+        tensors = [target.tensor for target in sweep.targets.values()]
+        stop = self.settings.columns = 0
+        while stop == 0 or stop + few < self.settings.columns:
+            start, stop = stop, stop + few
+            again = Sweep(graph, sweep.targets, only(factors, (start, stop)), self.settings, reader.gather)
+            again.operations = list(sweep.operations)
+            again.seeds = seeds(again.operations, again.kinds, loss, gradient)
+            with again:
+                torch.autograd.grad(loss, tensors, gradient, retain_graph=True, allow_unused=True)
+            if again.error is not None:
+                return _failure(again)
+        sweep.kinds = only(self.waves, (stop, None))
+        sweep.seeds = seeds(sweep.operations, sweep.kinds, loss, gradient)
+        return None
+
 
 class _Reader:
     """Reads what arrives at the targets of one backward pass, and hands it to the parameters."""
@@ -213,6 +252,7 @@ class _Reader:
         self.block, self.targets = block, targets
         self.place = {wave: j for j, wave in enumerate(block.waves)}
         self.whole: dict[Edge, dict[str, Any]] = {}
+        self.parts: dict[tuple[Edge, str], Any] = {}  # of the columns that were carried before
         self.read: dict[Edge, list[tuple[Any, Any]]] = {}
         self.failure: Exception | None = None
         self.handles: list[Any] = []
@@ -226,6 +266,20 @@ class _Reader:
                 values = quantity.compute(loss, gradient, [self.targets[edge].tensor for edge in edges])
                 for edge, value in zip(edges, values, strict=True):
                     self.whole.setdefault(edge, {})[quantity.savefield] = value
+
+    def gather(self, edge: Edge, columns: Sequence[Any]) -> None:
+        """Some columns of the factor waves alone."""
+        target = self.targets[edge]
+        factors: list[Wave] = [wave for wave in self.place if isinstance(wave, Factor)]
+        arrived = dict(zip(factors, columns, strict=True))
+        for quantity in self.block.asked[target.names[0]]:
+            if isinstance(quantity, Quantity) and reads_columns(quantity):
+                value = quantity.read(target, *[arrived.get(wave) for wave in quantity.waves])
+                self.parts[edge, quantity.savefield] = self._joined(edge, quantity, value)
+
+    def _joined(self, edge: Edge, quantity: Any, value: Any) -> Any:
+        before = self.parts.pop((edge, quantity.savefield), None)
+        return value if before is None else before if value is None else quantity.join(before, value)
 
     def arrive(self, edge: Edge, waves: Sequence[Any]) -> None:
         """All that this target will get, but for its gradient, which comes next."""
@@ -255,6 +309,7 @@ class _Reader:
         for quantity in block.asked[target.names[0]]:
             if isinstance(quantity, Quantity):
                 value = quantity.read(target, *[waves[self.place[wave]] for wave in quantity.waves])
+                value = self._joined(edge, quantity, value)
             else:
                 value = self.whole[edge][quantity.savefield]
             readings.append((quantity, quantity.zero(target) if value is None else value))

@@ -11,7 +11,7 @@ masking all samples but one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,12 +164,24 @@ def _parted(op: Operation, s: Columns, wanted: Sequence[bool]) -> dict[int, PerS
             if raw is not None and raw.shape[1:] == s[k].shape[1:]:  # type: ignore[union-attr]
                 found[i], rest[i] = _summed(op, raw, axis, i, n), False
     if any(rest):
-        v = len(s[k])  # type: ignore[arg-type]
-        full = [None if c is None else _flat(masked(c, op.axes_out[j], n)) for j, c in enumerate(s)]
-        for i, columns in enumerate(pass_columns(op, full, rest)):
-            if columns is not None:
-                found[i] = Dense(reduced_columns(op, columns, i).unflatten(0, (v, n)))
+        few = [_masked(op, s, rest, samples) for samples in _fewer(op, s)]
+        found.update({i: Dense(torch.cat([p[i] for p in few], 1)) for i in few[0]})
     return found
+
+
+def _fewer(op: Operation, s: Columns) -> Iterator[slice]:
+    """Samples that are masked together: as many as the memory budget allows."""
+    size = sum(c.numel() * c.element_size() for c in s if c is not None)
+    budget = op.settings.max_memory
+    step = op.n_samples if budget is None else max(1, budget // max(1, 2 * size))
+    return (slice(start, start + step) for start in range(0, op.n_samples, step))
+
+
+def _masked(op: Operation, s: Columns, wanted: Sequence[bool], samples: slice) -> dict[int, Tensor]:
+    every = [None if c is None else masked(c, op.axes_out[j], op.n_samples, samples) for j, c in enumerate(s)]
+    size = next(c.shape[:2] for c in every if c is not None)
+    passed = pass_columns(op, [None if c is None else _flat(c) for c in every], wanted)
+    return {i: reduced_columns(op, c, i).unflatten(0, size) for i, c in enumerate(passed) if c is not None}
 
 
 def _flat(columns: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from .errors import CurvatureError
 from .samples import BATCH, Axis, back, front
 
+ALL = slice(None)
 TOLERANCE = 1e-4  # negative eigenvalues below this times the largest one are rounding
 
 
@@ -31,12 +32,12 @@ class LossHessian(ABC):
         """The same with other eigenvalues: ``of`` is :func:`convex`, :func:`positive` or :func:`negative`."""
 
     @abstractmethod
-    def columns(self, axis: Axis, n: int) -> Tensor:
-        """An exact factor: one column for every entry of a sample, ``[V, *shape]``."""
+    def columns(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
+        """An exact factor: one column for every entry of a sample, ``[V, *shape]``; ``part`` of them."""
 
-    def fewest(self, axis: Axis, n: int) -> Tensor:
+    def fewest(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
         """An exact factor of as few columns as are known to do."""
-        return self.columns(axis, n)
+        return self.columns(axis, n, part)
 
     @abstractmethod
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
@@ -51,10 +52,10 @@ def entries(shape: Sequence[int], axis: Axis, n: int, device: Any, without: int 
     return back(numbers, axis, kept, n), prod(split)
 
 
-def one_by_one(x: Tensor, axis: Axis, n: int) -> Tensor:
+def one_by_one(x: Tensor, axis: Axis, n: int, part: slice = ALL) -> Tensor:
     """Columns ``[V, *shape]``, each with one entry of ``x`` for every sample."""
     number, size = entries(x.shape, axis, n, x.device)
-    every = torch.arange(size, device=x.device).view(-1, *[1] * x.dim())
+    every = torch.arange(size, device=x.device)[part].view(-1, *[1] * x.dim())
     return torch.where(number == every, x, x.new_zeros(()))
 
 
@@ -67,8 +68,8 @@ class DiagonalHessian(LossHessian):
     def part(self, of: Callable[[Tensor], Tensor]) -> DiagonalHessian:
         return DiagonalHessian(of(self.b))
 
-    def columns(self, axis: Axis, n: int) -> Tensor:
-        return one_by_one(self.b.sqrt(), axis, n)
+    def columns(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
+        return one_by_one(self.b.sqrt(), axis, n, part)
 
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
         root = self.b.div(m).sqrt().expand(m, *self.b.shape)
@@ -86,13 +87,18 @@ class SoftmaxHessian(LossHessian):
     def part(self, of: Callable[[Tensor], Tensor]) -> SoftmaxHessian:
         return replace(self, w=of(self.w))
 
-    def columns(self, axis: Axis, n: int) -> Tensor:
+    def columns(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
         """S_c = √(w p_c) (e_c - p)."""
         root = (self.w * self.p).sqrt().movedim(self.dim, -1)
         p = self.p.movedim(self.dim, -1)
-        return self._spread(torch.diag_embed(root) - p.unsqueeze(-1) * root.unsqueeze(-2), axis, n)
 
-    def fewest(self, axis: Axis, n: int) -> Tensor:
+        def of(classes: slice) -> Tensor:
+            mine = root[..., classes].unsqueeze(-2)
+            return self._units(classes) * mine - p.unsqueeze(-1) * mine
+
+        return self._spread(of, root.shape[-1], axis, n, part)
+
+    def fewest(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
         """The Cholesky factor, which has C - 1 columns: with q_c = Σ_{i>c} p_i,
 
             S_c = √(w p_c q_c / q_{c-1}) (e_c - Σ_{i>c} p_i e_i / q_c).
@@ -101,22 +107,39 @@ class SoftmaxHessian(LossHessian):
         """
         p = self.p.movedim(self.dim, -1)
         if p.shape[-1] == 1:
-            return self.columns(axis, n)
+            return self.columns(axis, n, part)
         tail = p.flip(-1).cumsum(-1).flip(-1)  # q_{c-1}
         above, q = tail[..., :-1], tail[..., 1:]
         tiny = torch.finfo(p.dtype).tiny
         root = (self.w.movedim(self.dim, -1) * p[..., :-1] * q / above.clamp(min=tiny)).sqrt()
-        below = -(p.unsqueeze(-1) * (root / q.clamp(min=tiny)).unsqueeze(-2)).tril(-1)
-        return self._spread(torch.diagonal_scatter(below, root, dim1=-2, dim2=-1), axis, n)
+        scale = root / q.clamp(min=tiny)
 
-    def _spread(self, factor: Tensor, axis: Axis, n: int) -> Tensor:
-        """``[*, C, V]`` as ``[V, *shape]``, or ``[V·T, *shape]`` for T positions in a sample, which are independent."""
-        columns = factor.movedim(-1, 0).movedim(-1, 1 + self.dim % self.p.dim())
-        number, positions = entries(self.p.shape, axis, n, self.p.device, self.dim % self.p.dim())
-        if positions == 1:
+        def of(classes: slice) -> Tensor:
+            below = (p.unsqueeze(-1) * scale[..., classes].unsqueeze(-2)).tril(-1 - classes.start)
+            return self._units(classes) * root[..., classes].unsqueeze(-2) - below
+
+        return self._spread(of, root.shape[-1], axis, n, part)
+
+    def _units(self, classes: slice) -> Tensor:
+        """e_c of some classes, ``[C, V]``."""
+        size = self.p.shape[self.dim]
+        rows = torch.arange(size, device=self.p.device)
+        return (rows.unsqueeze(1) == rows[classes]).to(self.p.dtype)
+
+    def _spread(self, of: Callable[[slice], Tensor], size: int, axis: Axis, n: int, part: slice) -> Tensor:
+        """The columns of some classes, ``of(classes) [*, C, V]``, as ``[V, *shape]``.
+
+        For T positions in a sample, which are independent, ``[V·T, *shape]``.
+        """
+        number, t = entries(self.p.shape, axis, n, self.p.device, self.dim % self.p.dim())
+        start, stop, _ = part.indices(size * t)
+        classes = slice(start // t, -(-stop // t))
+        columns = of(classes).movedim(-1, 0).movedim(-1, 1 + self.dim % self.p.dim())
+        if t == 1:
             return columns
-        every = torch.arange(positions, device=self.p.device).view(-1, *[1] * self.p.dim())
-        return torch.where(number == every, columns.unsqueeze(1), columns.new_zeros(())).flatten(0, 1)
+        every = torch.arange(t, device=self.p.device).view(-1, *[1] * self.p.dim())
+        columns = torch.where(number == every, columns.unsqueeze(1), columns.new_zeros(())).flatten(0, 1)
+        return columns[start - classes.start * t : stop - classes.start * t]
 
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
         """√w (√p ∘ ε - p Σ √p ε)."""
@@ -138,11 +161,12 @@ class DenseHessian(LossHessian):
     def part(self, of: Callable[[Tensor], Tensor]) -> DenseHessian:
         return replace(self, values=of(self.values))
 
-    def _roots(self) -> Tensor:
-        return self.vectors * self.values.sqrt().view(*self.values.shape, *[1] * (self.vectors.dim() - 2))
+    def _roots(self, part: slice = ALL) -> Tensor:
+        roots = self.values[part].sqrt()
+        return self.vectors[part] * roots.view(*roots.shape, *[1] * (self.vectors.dim() - 2))
 
-    def columns(self, axis: Axis, n: int) -> Tensor:
-        return back(self._roots(), axis, self.shape, n, 1)
+    def columns(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
+        return back(self._roots(part), axis, self.shape, n, 1)
 
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
         signs = settings.signs(self.values.new_empty(m, *self.values.shape))

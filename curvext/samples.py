@@ -61,12 +61,12 @@ def labels(shape: Sequence[int], axis: Axis, n: int, device: Any = None) -> Tens
     return place.view(-1, *[1] * (len(shape) - axis.dim - 1))
 
 
-def masked(columns: Tensor, axis: Axis, n: int) -> Tensor:
+def masked(columns: Tensor, axis: Axis, n: int, samples: slice = slice(None)) -> Tensor:
     """Columns ``[V, *shape]`` of a tensor that holds the samples, as a shared one's: ``[V, N, *shape]``."""
     if axis is BATCH:
         return columns.unsqueeze(1)
     mine = labels(columns.shape[1:], axis, n, columns.device)
-    every = torch.arange(n, device=columns.device).view(-1, *[1] * (columns.dim() - 1))
+    every = torch.arange(n, device=columns.device)[samples].view(-1, *[1] * (columns.dim() - 1))
     return torch.where(mine == every, columns.unsqueeze(1), columns.new_zeros(()))
 
 

@@ -27,6 +27,8 @@ class Settings:
     enumerate_up_to: int = 256
     probes: int = 1
     generator: torch.Generator | None = None
+    max_memory: int | None = None
+    columns: int = 0  # of the widest factor wave so far
     sampled: set[Any] = field(default_factory=set)
 
     def signs(self, like: Tensor) -> Tensor:

@@ -30,6 +30,10 @@ class Saved(ABC):
         """What several backward passes of one block give together: that of the sum of their losses."""
         return a + b
 
+    def join(self, a: Any, b: Any) -> Any:
+        """What two sets of columns of the factor wave give together; for quantities that can be had in parts."""
+        raise NotImplementedError(f"{type(self).__name__} reads all columns at once")
+
     def zero(self, target: Target) -> Any:
         """For a tensor in which the loss is linear, so that no wave reaches it."""
         return torch.zeros_like(target.tensor, requires_grad=False)

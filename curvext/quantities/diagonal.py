@@ -180,6 +180,9 @@ class HesScale(Quantity):
             return (LastLayer(self.gauss_newton),)
         return FACTOR if self.ggn == "exact" else Factor("draws", self.mc_samples), RESIDUAL
 
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
     def read(self, target: Target, *arrived: Any) -> Tensor | None:
         if self.ggn is None:
             return arrived[0]  # type: ignore[no-any-return]

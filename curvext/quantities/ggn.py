@@ -52,6 +52,9 @@ class _MonteCarlo:
 
 
 class _Diagonal(_FactorReading):
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
     def of(self, found: Arrived, target: Target) -> Tensor:
         terms = [p.squares() for p in found.samples]
         terms += [w.columns.square().sum(0) for w in found.whole] + [d.h for d in found.diagonal]
@@ -74,6 +77,9 @@ class DiagGGNMC(_MonteCarlo, _Diagonal):
 
 class _BatchDiagonal(_FactorReading):
     per_sample = True
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
 
     def of(self, found: Arrived, target: Target) -> Tensor:
         samples = found.owned(type(self).__name__)
@@ -104,6 +110,10 @@ class BatchDiagGGNMC(_MonteCarlo, _BatchDiagonal):
 class _Root(_FactorReading):
     recycles = True
     per_sample = True
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b])
+
     subsampling: Sequence[int] | None = None
 
     def of(self, found: Arrived, target: Target) -> Tensor:
@@ -160,6 +170,9 @@ class GGNBlock(_Exact, _FactorReading):
     """The parameter's whole block of the Gauss-Newton matrix, ``[P, P]``, P its number of entries."""
 
     savefield = "ggn_block"
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
 
     def of(self, found: Arrived, target: Target) -> Tensor:
         terms = [p.block() for p in found.samples]

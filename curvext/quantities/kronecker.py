@@ -192,6 +192,10 @@ class _Kronecker(Kept):
                 found.owned(name)
         return self.of(parts, target) if parts else None
 
+    def join(self, a: Any, b: Any) -> Any:
+        """Inputs are the same for all columns."""
+        return replace(a, out=a.out + b.out) if isinstance(a, Sums) else a + b
+
     def of(self, parts: Sequence[PerSample], target: Target) -> Any:
         return block(parts, self.setting, self.dense_up_to, target.tensor.numel())
 
@@ -282,6 +286,7 @@ class EKFAC(_Kronecker):
     dense_up_to: int = 1024
     basis: Mapping[str, Eigenbasis] | None = field(default=None, hash=False, compare=False)
     savefield = "ekfac"
+    join = Quantity.join  # the eigenvectors are those of all columns
 
     def of(self, parts: Sequence[PerSample], target: Target) -> Eigenbasis:
         given = None if self.basis is None else self.basis[target.names[0]]

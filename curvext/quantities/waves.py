@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..wave import Wave
 from .base import Target
 
 Waves = Sequence[Any]
+Part = tuple[int, int | None] | None  # the first of some columns, and the one after the last; None: all
 
 
 class _Unowned:
@@ -98,10 +99,12 @@ class Factor(Wave):
         kind: ``"fewest"`` columns or ``"columns"``, one for every output, both exact; ``"draws"``: random ones;
             ``"identity"``: the Jacobian's.
         draws: how many, if random.
+        within: these columns only; what no sample owns is not divided, and comes with the first of them.
     """
 
     kind: str = "fewest"
     draws: int = 1
+    within: Part = None
     by_sample = True
 
     def needs_gradient(self, op: Operation) -> bool:
@@ -112,7 +115,7 @@ class Factor(Wave):
         found: list[Any] = [{} if need and (reached or is_layer(op)) else None for need in op.needs]
         if starts(op, reached):
             for i, value in self._start(op, g).items():
-                found[i] = {op.node: value}
+                found[i] = {} if value is None else {op.node: value}
         for source in {source: None for values in wave if values for source in values}:
             for i, value in across(op, [None if values is None else values.get(source) for values in wave]).items():
                 found[i] = {**(found[i] or {}), source: value}
@@ -126,20 +129,31 @@ class Factor(Wave):
         for op in output.marks:
             if op.node in output.hessians:
                 hessian = output.hessians[op.node].part(convex_in_output)
-                found[op.node, 0] = {output: self._columns(hessian, op, op.axes_out[0])}
+                value = self._columns(hessian, op, op.axes_out[0])
+                found[op.node, 0] = {} if value is None else {output: value}
         return found
 
     def _columns(self, hessian: LossHessian, op: Operation, axis: Axis | None) -> Any:
         if axis is not None and not hessian.whole:
-            return self._of(hessian, op, axis, op.n_samples)
+            columns = self._of(hessian, op, axis, op.n_samples)
+            if self.within is None:
+                return columns
+            of_sample = columns[:1].numel() // op.n_samples
+            op.settings.columns = max(op.settings.columns, self.draws if self.kind == "draws" else of_sample)
+            return columns if len(columns) else None
+        if self.within is not None and self.within[0] > 0:
+            return None
         if isinstance(hessian, DiagonalHessian):
             return Diagonal(hessian.b)
-        return Whole(self._of(hessian, op, BATCH, 1))
+        return Whole(replace(self, within=None)._of(hessian, op, BATCH, 1))
 
     def _of(self, hessian: LossHessian, op: Operation, axis: Axis, n: int) -> Tensor:
+        part = slice(*(self.within or (None,)))
         if self.kind == "draws":
-            return hessian.draws(self.draws, axis, n, op.settings)
-        return hessian.fewest(axis, n) if self.kind == "fewest" else hessian.columns(axis, n)
+            few = len(range(self.draws)[part])
+            columns = hessian.draws(few, axis, n, op.settings)
+            return columns if few == self.draws else columns * (few / self.draws) ** 0.5
+        return hessian.fewest(axis, n, part) if self.kind == "fewest" else hessian.columns(axis, n, part)
 
     def add(self, a: Any, b: Any) -> Any:
         joined = dict(a)
