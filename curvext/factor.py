@@ -80,7 +80,7 @@ def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tens
     if rule is not None and not any(c is not None for c in s[1:]):
         found = rule.function(op, s[0], wanted)
         if found is not None:
-            return list(found)
+            return [c if want else None for c, want in zip(found, wanted, strict=True)]
     given = [k for k, c in enumerate(s) if c is not None]
     present: list[bool] = []
 
@@ -116,7 +116,9 @@ def reduced_columns(op: Operation, columns: Tensor, i: int) -> Tensor:
     if list(columns.shape[1:]) != list(meta.shape):
         padded = [1] * (columns.dim() - 1 - len(meta.shape)) + list(meta.shape)
         columns = columns.sum_to_size([len(columns), *padded]).reshape(len(columns), *meta.shape)
-    return columns if columns.dtype == meta.dtype else columns.to(meta.dtype)
+    if columns.dtype == meta.dtype:
+        return columns
+    return (columns if meta.dtype.is_complex or not columns.is_complex() else columns.real).to(meta.dtype)
 
 
 def across(op: Operation, values: Sequence[Any]) -> dict[int, Any]:
@@ -191,7 +193,7 @@ def _flat(columns: Tensor) -> Tensor:
 def _broadcasts(op: Operation) -> bool:
     """Whether outputs and inputs go entry by entry: a product in the output's shape is one that was not summed yet."""
     rule = registry.find(op, "samples")
-    return rule is not None and rule.function.__name__ == "aligned" and op.name != "ExpandBackward0"
+    return rule is not None and rule.function.__name__ == "aligned"
 
 
 def mixes(op: Operation) -> bool:

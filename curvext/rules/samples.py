@@ -14,6 +14,7 @@ from ..errors import CurvatureError
 from ..graph import Operation
 from ..registry import RULES, rule
 from ..samples import Axis, State, probe
+from . import activation, arithmetic, elementwise
 
 
 def aligned(op: Operation, out: Sequence[State], n: int) -> list[State]:
@@ -97,6 +98,7 @@ def _product(sizes: Sequence[int]) -> int:
 rule(
     *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ReshapeCopyBackward0", "ViewBackward0_copy"),
     *("UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "AliasBackward0"),
+    *("UnsqueezeBackward1", "SqueezeBackward3", "SqueezeBackward4", "SqueezeBackward5"),
     *("CloneBackward0", "ToCopyBackward0", "LiftFreshBackward0"),
     wave="samples",
     how="structure",
@@ -122,13 +124,13 @@ def moved(*names: str) -> Any:
     return register
 
 
-@moved("TBackward0")
+@moved("TBackward0", "TBackward1")
 def _t(op: Operation, dim: int) -> int:
     rank = len(op.outputs[0].shape)
     return rank - 1 - dim
 
 
-@moved("TransposeBackward0")
+@moved("TransposeBackward0", "TransposeBackward1")
 def _transpose(op: Operation, dim: int) -> int:
     rank = len(op.outputs[0].shape)
     a, b = op.dim0 % rank, op.dim1 % rank
@@ -283,7 +285,7 @@ alongside(
         name
         for (name, wave), entry in list(RULES.items())
         if wave == "diagonal"
-        and entry.family in ("elementwise", "activation", "arithmetic")
+        and entry.family in [family.__name__.rsplit(".", 1)[-1] for family in (activation, arithmetic, elementwise)]
         and (name, "samples") not in RULES
     )
 )
