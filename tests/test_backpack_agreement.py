@@ -20,7 +20,7 @@ ReduceTuple = pytest.importorskip("backpack.custom_module.reduce_tuple").ReduceT
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:The Kronecker factors stored in"),
 ]
 
 N = 4
@@ -170,6 +170,20 @@ def same(name: str, problem, **options) -> None:
 @pytest.mark.parametrize(("name", "chain", "loss"), combinations())
 def test_same_numbers(name, chain, loss):
     same(name, data(chain, loss))
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+@pytest.mark.parametrize(
+    "chain", ["padding", *(f"{kind}, 2d" for kind in ("max pooling", "average pooling")),
+              *(f"{kind}, {d}d" for kind in ("conv", "transposed") for d in (1, 2, 3))]
+)  # fmt: skip
+def test_same_factors_beside_weights_of_convolutions(name, chain):
+    problem = data(chain, "cross entropy")
+    got = results(ours, our_extensions, name, *problem)
+    want = results(theirs, theirs.extensions, name, *problem)
+    for p, a, b in zip(problem[0].parameters(), got, want, strict=True):
+        if p.dim() <= 2:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [*FIRST, "SqrtGGNExact", *DIAGONALS])
