@@ -140,7 +140,8 @@ class Samples:
         if self.given == 1:
             weights = [_is_weight(edge) for edge in op.edges]
             alone = all(weight for weight, need in zip(weights, op.needs, strict=True) if need)
-            return [None if weight and not alone else BATCH for weight in weights]
+            shared = not alone or registry.find(op, "shared") is not None  # a linear map meets samples, if frozen ones
+            return [None if weight and shared else BATCH for weight in weights]
         assert self.n is not None
         out = [self.axes.get((op.node, k)) for k in range(len(op.outputs))]
         rule = registry.find(op, "samples")

@@ -464,6 +464,27 @@ def test_averaged_recursion_refuses(what):
         swept(nn.ModuleList([layer, norm]), lambda: F.cross_entropy(output(), classes(N)), KFRA())
 
 
+def test_batch_normalisation_in_training():
+    """The batch is one sample then, and its rows are positions."""
+    x = torch.randn(N, 4, 5, 5)
+    body = nn.Sequential(nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 5), nn.Tanh())
+    model, head, y = body, nn.Linear(5, 3), classes(N)
+    every = nn.ModuleList([model, head])
+    swept(every, lambda: F.cross_entropy(head(model(x)), y), KFLR(), GGNBlock(), samples=1)
+    ys = [model[0](x)]
+    ys.append(model[3](model[1:3](ys[0])))
+    z = head(model[4](ys[1]))
+    b = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, y), z.detach()).flatten(2).flatten(0, 1)
+    values, vectors = torch.linalg.eigh(b.view(z.numel(), -1))
+    columns = (vectors * values.clamp(min=0).sqrt()).T.view(-1, *z.shape)
+    first, second = (torch.stack([torch.autograd.grad(z, t, c, retain_graph=True)[0] for c in columns]) for t in ys)
+    rows = F.unfold(x, 3).mT.flatten(0, 1).unsqueeze(0)
+    near(model[0].weight.kflr, list(factors(first.flatten(3).movedim(2, -1).flatten(1, 2).unsqueeze(1), rows)))
+    near(model[3].weight.kflr, list(factors(second.unsqueeze(1), model[1:3](ys[0]).unsqueeze(0))))
+    for p in (model[1].weight, model[1].bias, model[0].bias):
+        near(p.kflr, [p.ggn_block])
+
+
 def test_sixteen_bits():
     """Factors are added up in 32."""
     model, x, y = models.mlp().bfloat16(), torch.randn(N, 4).bfloat16(), classes(N)
