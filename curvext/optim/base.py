@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,10 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import CurvatureError
+from ..extend import Curvature, extend
 from ..operators.data import Term
 from ..operators.linearised import Linearised
+from ..solvers import FullStep, Step, reduction_ratio
 
 Closure = Callable[[], Any]
+LineSearch = Callable[..., Step]  # Armijo, StrongWolfe, FullStep, or your own
+Damping = Callable[..., float]  # LevenbergMarquardt, Constant, or your own
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,32 @@ class ClosureOptimizer(Optimizer):
     The closure returns the loss, or ``(loss, outputs)`` where the Gauss-Newton matrix is split at the model's outputs,
     and calls no ``backward``. It must give the same loss each time it is called at the same parameters. The objective
     of a step is the loss plus ``½ weight_decay ‖p‖²`` of every group; ``maximize`` negates the loss. ``lr`` scales what
-    a group's parameters are moved by. After a step, :attr:`report` says what it did.
+    a group's parameters are moved by. After a step, :attr:`report` says what it did. A step that finds nothing lower
+    leaves the parameters as they were, bit by bit, and so does one that raises.
+
+    ``lr`` and ``weight_decay`` belong to groups. What an optimizer has to remember is in its ``state_dict()``; how it
+    is set up (line search, damping rule, number of products) is not, as it comes from the constructor.
 
     Subclasses give ``_step(objective)``, which moves the parameters and returns a :class:`Report`. Numbers that are
     carried from step to step belong into ``self.carried``, tensors shaped like parameters into ``self.state[p]`` (see
-    :meth:`recall` and :meth:`remember`): both survive ``state_dict()``.
+    :meth:`recall` and :meth:`remember`): both survive ``state_dict()``. Public attributes survive copies and pickling.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
         defaults = {"lr": 1.0, "weight_decay": 0.0, "maximize": False, **defaults}
-        for name in ("lr", "weight_decay"):
-            if not float(defaults[name]) >= 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be >= 0, got {defaults[name]}")
         super().__init__(params, defaults)
         self.report: Report | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "weight_decay"):
+            if not float(group[name]) >= 0:
+                self.param_groups.pop()
+                raise ValueError(f"{type(self).__name__}: {name} must be >= 0, got {group[name]}")
 
     @property
     def carried(self) -> dict[str, Any]:
@@ -67,34 +84,90 @@ class ClosureOptimizer(Optimizer):
         return self.param_groups[0].setdefault("carried", {})  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None, curvature_closure: Closure | None = None) -> Any:  # type: ignore[override]
         """One step; returns the loss before it.
 
+        Args:
+            closure: gives the loss that is made smaller.
+            curvature_closure: gives the loss whose curvature is used, on other (fewer, or more) data.
+
         Raises:
-            CurvatureError: if there is no closure, it is not deterministic or calls ``backward``, or its loss is not
-                finite.
+            CurvatureError: if there is no closure, it is not deterministic or calls ``backward``, or its loss or
+                gradient is not finite.
         """
         if closure is None:
             raise CurvatureError(f"{type(self).__name__}.step needs a closure that returns the loss")
-        objective = Objective(self, closure)
-        if not self.carried.get("checked"):
-            objective.check_deterministic()
-            self.carried["checked"] = True
-        self.report = self._step(objective)
+        self.param_groups[0]["carried"] = dict(self.carried)  # an earlier state_dict() keeps its own
+        objective = Objective(self, closure, curvature_closure)
+        try:
+            if not self.carried.get("checked"):
+                objective.check()
+                self.carried["checked"] = True
+            self.report = self._step(objective)
+        except BaseException:
+            objective.move(None)
+            raise
         return objective.loss
 
     def _step(self, objective: Objective) -> Report:
         raise NotImplementedError
 
     def recall(self, name: str, objective: Objective) -> Tensor | None:
-        """A flat vector ``[P]`` remembered under a name; ``None`` if a parameter has none."""
-        found = [self.state[p].get(name) for p in objective.parameters]
-        return None if any(v is None for v in found) else torch.cat([v.flatten() for v in found])
+        """A flat vector ``[P]``, or rows ``[..., P]``, remembered under a name; ``None`` if a parameter has none."""
+        rows: list[Tensor] = []
+        for p in objective.parameters:
+            v = self.state[p].get(name)
+            if v is None or (rows and v.shape[: v.dim() - p.dim()] != rows[0].shape[:-1]):
+                return None
+            rows.append(v.reshape(*v.shape[: v.dim() - p.dim()], p.numel()))
+        return torch.cat(rows, -1)
 
     def remember(self, name: str, value: Tensor, objective: Objective) -> None:
-        """Keep a flat vector, in the parameters' states."""
+        """Keep a flat vector or rows, in the parameters' states."""
         for p, piece in zip(objective.parameters, objective.split(value), strict=True):
-            self.state[p][name] = piece.clone()
+            self.state[p] = {**self.state[p], name: piece.clone()}
+
+    def forget(self, name: str, objective: Objective) -> None:
+        """Drop what was remembered under a name."""
+        for p in objective.parameters:
+            self.state[p] = {k: v for k, v in self.state[p].items() if k != name}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What :meth:`Objective.search` found.
+
+    Attributes:
+        name: of the direction, ``None`` if nothing lower was found along any.
+        step: what the line search returned; its ``size`` is zero then.
+        d: the step taken ``[P]``, ``lr`` and ``size`` in it.
+        reason: in words.
+    """
+
+    name: str | None
+    step: Step
+    d: Tensor
+    reason: str
+
+    def report(self, point: Point, products: int | None = None, **details: Any) -> Report:
+        """The report of a step that did this from a point."""
+        objective = point.objective
+        return Report(
+            before=float(point.value),
+            after=self.step.value,
+            moved=self.name is not None,
+            reason=self.reason,
+            products=point.products if products is None else products,
+            evaluations=objective.evaluations,
+            details={"step": self.step.size, "gradient": float(torch.linalg.vector_norm(point.gradient)), **details},
+        )
+
+    def ratio(self, point: Point, slope: float, curvature: float) -> float:
+        """ρ = (f(θ + d) - f(θ)) / (α ``slope`` + ½ α² ``curvature``), α the size of the step; -inf without a step."""
+        if self.name is None:
+            return -math.inf
+        α = self.step.size
+        return reduction_ratio(self.step.value - float(point.value), α * slope + α**2 / 2 * curvature)
 
 
 class Objective:
@@ -105,15 +178,17 @@ class Objective:
         evaluations: of the closure, so far.
     """
 
-    def __init__(self, optimizer: ClosureOptimizer, closure: Closure):
-        self.closure = closure
+    def __init__(self, optimizer: ClosureOptimizer, closure: Closure, curvature_closure: Closure | None = None):
+        self.closure, self.curvature_closure = closure, curvature_closure
         rows = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not rows:
             raise CurvatureError(f"{type(optimizer).__name__}: no parameter requires a gradient")
         self.parameters: list[Tensor] = [p for p, _ in rows]
         if len({(p.dtype, p.device) for p in self.parameters}) > 1 or any(p.is_complex() for p in self.parameters):
             raise CurvatureError(f"{type(optimizer).__name__}: parameters must be real, of one dtype and on one device")
-        self.sign = -1.0 if optimizer.param_groups[0]["maximize"] else 1.0
+        if len({bool(group["maximize"]) for _, group in rows}) > 1:
+            raise ValueError(f"{type(optimizer).__name__}: maximize must be the same in all groups")
+        self.sign = -1.0 if rows[0][1]["maximize"] else 1.0
         self.decay, self.lr = self._spread(rows, "weight_decay"), self._spread(rows, "lr")
         self.start = self.flat(self.parameters)
         self.loss: Any = None
@@ -132,9 +207,9 @@ class Objective:
         return torch.cat([t.detach().flatten() for t in tensors])
 
     def split(self, v: Tensor) -> list[Tensor]:
-        """A flat vector in the parameters' shapes."""
-        pieces = v.split([p.numel() for p in self.parameters])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+        """A flat vector, or rows ``[..., P]``, in the parameters' shapes."""
+        pieces = v.split([p.numel() for p in self.parameters], -1)
+        return [piece.reshape(*v.shape[:-1], *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def move(self, d: Tensor | None) -> None:
         """Set the parameters to θ + d; ``None``: back to θ exactly."""
@@ -148,50 +223,99 @@ class Objective:
         theta = self.flat(self.parameters)
         return 0.5 * (self.decay * theta).dot(theta)
 
-    def _call(self) -> tuple[Tensor, list[Tensor]]:
-        """The closure's loss and outputs."""
+    def _call(self, closure: Closure) -> tuple[Tensor, list[Tensor]]:
+        """The closure's loss and outputs. Always with gradients: a loss may need derivatives for its value."""
         self.evaluations += 1
-        found = self.closure()
-        loss, outputs = found if isinstance(found, tuple) else (found, [])
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise CurvatureError(
-                f"the closure must return a scalar loss, or (loss, outputs), not {type(loss).__name__}"
-            )
-        if self.loss is None:
-            self.loss = loss.detach()
-        return loss, [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        with torch.enable_grad():
+            found = closure()
+            loss, outputs = found if isinstance(found, tuple) else (found, [])
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise CurvatureError(
+                    f"the closure must return a scalar loss, or (loss, outputs), not {type(loss).__name__}"
+                )
+            return loss.reshape(()), [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
     def value(self, d: Tensor | None = None) -> Tensor:
         """f(θ + d); the parameters stay there."""
         self.move(d)
-        loss, _ = self._call()
-        return self.sign * loss.detach() + self.penalty()
+        return self.sign * self._call(self.closure)[0].detach() + self.penalty()
 
-    def check_deterministic(self) -> None:
-        """Raise if two evaluations at one place differ."""
-        a, b = self.value(), self.value()
-        if not torch.equal(a, b) and not bool((a - b).abs() <= 1e-6 * a.abs()):
-            raise CurvatureError(
-                f"the closure is not deterministic: {a.item():.8g} and {b.item():.8g} at the same parameters. Use one "
-                "batch for all evaluations of a step, and model.eval() or no dropout"
-            )
+    def check(self) -> None:
+        """Raise if two evaluations at one place differ, or if one leaves gradients."""
+        before = [(p.grad, p.grad is not None and p.grad._version) for p in self.parameters]
+        for closure in filter(None, (self.closure, self.curvature_closure)):
+            a, b = (self._call(closure)[0].detach() for _ in range(2))
+            if not torch.equal(a, b) and not bool((a - b).abs() <= 1e-6 * a.abs()):
+                raise CurvatureError(
+                    f"the closure is not deterministic: {a.item():.8g} and {b.item():.8g} at the same parameters. Use "
+                    "one batch for all evaluations of a step, and model.eval() or no dropout"
+                )
+        if any(p.grad is not g or (g is not None and g._version != v)
+               for p, (g, v) in zip(self.parameters, before, strict=True)):  # fmt: skip
+            raise CurvatureError(BACKWARD)
 
-    def point(self, d: Tensor | None = None) -> Point:
-        """f, its gradient and its curvature at θ + d; the parameters stay there."""
+    def point(self, d: Tensor | None = None, products: bool = True) -> Point:
+        """f, its gradient and its curvature at θ + d; the parameters stay there.
+
+        Once parameters have moved, products with the curvature of an earlier point raise; its gradient is still there
+        if it has been asked for. ``products=False`` is for a gradient alone: its own graph is not kept.
+        """
         self.move(d)
-        with torch.enable_grad():
-            loss, outputs = self._call()
-            loss = loss.reshape(())
-        if not loss.requires_grad:
-            raise CurvatureError("the closure's loss does not depend on the parameters through a graph")
-        return Point(self, loss, outputs)
+        loss, outputs = self._call(self.closure)
+        if self.loss is None:
+            self.loss = loss.detach()
+        return Point(self, loss, outputs, products)
+
+    def curved(self, point: Point) -> Point:
+        """The point whose curvature is to be used: of the second closure where there is one, else the same."""
+        return point if self.curvature_closure is None else Point(self, *self._call(self.curvature_closure))
+
+    def search(self, point: Point, line_search: LineSearch | None, directions: Mapping[str, Tensor]) -> Found:
+        """Go along the first of some directions, times ``lr``, that descends and on which the search finds a step.
+
+        Args:
+            point: at θ.
+            line_search: ``None`` for full steps.
+            directions: ``[P]``, by a name for the report.
+        """
+        failed = []
+        for name, p in directions.items():
+            d = self.lr * p
+            slope = float(point.gradient.dot(d))
+            if not slope < 0:
+                failed.append(f"{name}: does not descend")
+                continue
+            step = (line_search or FullStep())(self._along(d, line_search), float(point.value), slope)
+            if step.size:
+                self.move(step.size * d)
+                how = "" if step.accepted else ", line search not finished"
+                return Found(name, step, step.size * d, "; ".join([*failed, name + how]))
+            failed.append(f"{name}: nothing lower in {step.evaluations} evaluations")
+        self.move(None)
+        reason = "; ".join(failed) if bool(point.gradient.any()) else "the gradient is zero"
+        return Found(None, Step(0.0, float(point.value), 0, False), torch.zeros_like(self.start), reason)
+
+    def _along(self, d: Tensor, line_search: LineSearch | None) -> Callable[[float], Any]:
+        """α -> f(θ + α d), with the slope there for line searches that ask for it."""
+
+        def both(α: float) -> tuple[float, float]:
+            point = self.point(α * d, products=False)
+            value = float(point.value)
+            return value, float(point.gradient.dot(d)) if math.isfinite(value) else math.nan
+
+        return both if getattr(line_search, "slopes", False) else lambda α: float(self.value(α * d))
+
+
+BACKWARD = "the closure called backward(); it must only return the loss"
 
 
 class Point:
     """The objective at one place: its value, gradient and curvature products; the graph is kept while this is."""
 
-    def __init__(self, objective: Objective, loss: Tensor, outputs: list[Tensor]):
-        self.objective = objective
+    def __init__(self, objective: Objective, loss: Tensor, outputs: list[Tensor], products: bool = True):
+        if not loss.requires_grad:
+            raise CurvatureError("the closure's loss does not depend on the parameters through a graph")
+        self.objective, self.differentiable = objective, products
         self.graph = Linearised(Term(loss, outputs), objective.parameters)
         self.value = objective.sign * loss.detach() + objective.penalty()
         self.theta = objective.flat(objective.parameters)
@@ -201,12 +325,23 @@ class Point:
     def gradient(self) -> Tensor:
         """∇f ``[P]``."""
         try:
-            found = self.objective.flat(self.graph.gradient)
+            pieces = self.graph.gradient if self.differentiable else self._plain()
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
-            raise CurvatureError("the closure called backward(); it must only return the loss") from error
-        return self.objective.sign * found + self.objective.decay * self.theta
+            raise CurvatureError(BACKWARD) from error
+        if any(g.layout is not torch.strided for g in pieces):
+            raise CurvatureError("a gradient is sparse; use dense ones (sparse=False in nn.Embedding)")
+        found = self.objective.sign * self.objective.flat(pieces) + self.objective.decay * self.theta
+        if not bool(found.isfinite().all()):
+            raise CurvatureError(f"the gradient is not finite, and the loss is {float(self.graph.term.value):g}")
+        return found
+
+    def _plain(self) -> list[Tensor]:
+        """The gradient of the loss, its graph freed."""
+        parameters = self.objective.parameters
+        found = torch.autograd.grad(self.graph.term.value, parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     def curvature(self, kind: str = "hessian") -> Products:
         """``"hessian"``, or ``"gauss_newton"`` of a closure that returns ``(loss, outputs)``; with weight decay."""
@@ -215,6 +350,28 @@ class Point:
         if kind == "gauss_newton" and not self.graph.term.outputs:
             raise CurvatureError("the Gauss-Newton matrix needs a closure that returns (loss, outputs)")
         return Products(self, kind)
+
+    def quantities(self, *quantities: Any, **options: Any) -> Curvature:
+        """Quantities of ``extend`` for the loss (without its sign), by ``str`` of the parameter's place.
+
+        Nothing is left on the parameters, ``grad`` included.
+        """
+        parameters = {str(i): p for i, p in enumerate(self.objective.parameters)}
+        fields = [q.savefield for q in quantities]
+        before = [(p.grad, {f: p.__dict__.get(f) for f in fields}) for p in parameters.values()]
+        try:
+            with torch.enable_grad(), extend(parameters, *quantities, **options) as found:
+                for p in parameters.values():
+                    p.grad = None
+                self.graph.term.value.backward(retain_graph=True)
+            return found
+        finally:
+            for p, (grad, values) in zip(parameters.values(), before, strict=True):
+                p.grad = grad
+                for name, value in values.items():
+                    p.__dict__.pop(name, None)
+                    if value is not None:
+                        p.__dict__[name] = value
 
 
 class Products:

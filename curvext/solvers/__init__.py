@@ -10,6 +10,7 @@ from .damping import reduction_ratio as reduction_ratio
 from .lanczos import Krylov as Krylov
 from .lanczos import lanczos as lanczos
 from .line_search import Armijo as Armijo
+from .line_search import FullStep as FullStep
 from .line_search import Step as Step
 from .line_search import StrongWolfe as StrongWolfe
 from .line_search import backtrack as backtrack

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,6 +35,19 @@ def _descent(value: float, slope: float) -> None:
             f"line search: value {value} and slope gᵀp = {slope}, where a finite value and a direction of descent are "
             "needed; go along -g instead"
         )
+
+
+@dataclass(frozen=True)
+class FullStep:
+    """No search: α = ``size``, whatever f is there, unless it is not finite."""
+
+    size: float = 1.0
+
+    def __call__(self, f: Callable[[float], float], value: float, slope: float) -> Step:
+        """The step along α -> f(α)."""
+        _descent(value, slope)
+        here = f(self.size)
+        return Step(self.size, here, 1, True) if math.isfinite(here) else Step(0.0, value, 1, False)
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class StrongWolfe:
     first: float = 1.0
     longest: float = 1e10
     trials: int = 25
+    slopes: ClassVar[bool] = True  # asks for f'(α) as well
 
     def __call__(self, f: Callable[[float], tuple[float, float]], value: float, slope: float) -> Step:
         """The step along α -> (f(α), f'(α)), given f(0) = ``value`` and f'(0) = ``slope`` < 0."""
