@@ -35,9 +35,10 @@ def density(
     grid = spectrum.grid(width=width) if grid is None else grid
     curve = spectrum(grid, width)
     value, error = curve.value, curve.error
-    (line,) = ax.semilogy(grid, value.clamp(min=1e-30), label=label)
-    band = (value - error).clamp(min=1e-30), value + error
-    ax.fill_between(grid, *band, color=line.get_color(), alpha=0.3, linewidth=0)
+    at = grid.numpy()
+    (line,) = ax.semilogy(at, value.clamp(min=1e-30).numpy(), label=label)
+    band = (value - error).clamp(min=1e-30).numpy(), (value + error).numpy()
+    ax.fill_between(at, *band, color=line.get_color(), alpha=0.3, linewidth=0)
     ax.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-4 / spectrum.size / spectrum.width, None))
     return ax
 
@@ -46,7 +47,7 @@ def eigenvalues(steps: Sequence[float], values: Sequence[Tensor] | Tensor, ax: A
     """Eigenvalues ``[k]`` at each of several training steps, a line for each rank; returns the axes."""
     ax = _axes(ax)
     rows = values if isinstance(values, Tensor) else torch.stack(list(values))
-    ax.plot(steps, rows.detach().cpu(), **{"marker": ".", **style})
+    ax.plot(steps, rows.detach().cpu().numpy(), **{"marker": ".", **style})
     ax.set(xlabel="step", ylabel="eigenvalue")
     return ax
 
@@ -55,7 +56,7 @@ def overlap(vectors: Sequence[Tensor], steps: Sequence[float] | None = None, ax:
     """How far the spaces of ``[P, k]`` eigenvectors at several times agree: mean squared cosines; returns the axes."""
     ax = _axes(ax)
     shared = torch.tensor([[float(squared_cosines(U, V).sum()) / U.shape[1] for V in vectors] for U in vectors])
-    picture = ax.imshow(shared, vmin=0, vmax=1, origin="lower")
+    picture = ax.imshow(shared.numpy(), vmin=0, vmax=1, origin="lower")
     ax.figure.colorbar(picture, ax=ax, label="overlap of eigenspaces")
     names = range(len(vectors)) if steps is None else steps
     ax.set(xlabel="step", ylabel="step", xticks=range(len(vectors)), yticks=range(len(vectors)))

@@ -74,9 +74,9 @@ class Density:
 
     @property
     def width(self) -> float:
-        """10^-2.5 of the range of the nodes."""
-        reach = float(self.nodes.max() - self.nodes.min())
-        return 10**-2.5 * (reach or abs(float(self.nodes.max())) or 1.0)
+        """10^-2.5 of the range of the nodes, or of their size where all are the same."""
+        reach, size = float(self.nodes.max() - self.nodes.min()), float(self.nodes.abs().max())
+        return 10**-2.5 * (reach if reach > 1e-6 * size else size or 1.0)
 
     def _mean(self, samples: Tensor) -> Estimate:
         return Estimate.mean(samples, self.products)

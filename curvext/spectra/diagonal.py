@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import shown
-from .estimate import Estimate, batches, leave_one_out, probes
-from .trace import _columns
+from .estimate import Estimate, batches, columns, leave_one_out, probes, units, unknowns
 
 
 def diagonal(operator: Any, *, method: str = "xdiag", products: int = 60, seed: int = 0, **options: Any) -> Estimate:
@@ -42,23 +42,36 @@ def xdiag(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) 
     """A = QᵢQᵢᵀA + (I - QᵢQᵢᵀ)A: the diagonal of the first part exactly, of the second from zᵢ; the mean over i.
 
     m = ``products`` / 2 Rademacher vectors, Qᵢ a basis of the images of all but the i-th. Memory of 4 m vectors; exact
-    for rank below m, or m = P. ``error`` is the spread over i, indicative since the terms are not independent.
+    for rank below m. ``error`` is the spread over i, indicative since the terms are not independent.
 
     Source: E. Epperly, J. Tropp, R. Webber, XTrace: making the most of every sample in stochastic trace estimation,
         2024.
     """
-    m = min(products // 2, operator.shape[0])
-    if m < 2:
-        raise CurvatureError(f"products={products} for P = {operator.shape[0]}: four at least, and two unknowns")
-    Z = probes(operator, m, seed=seed)
-    Y = _columns(operator, Z, chunk)
+    n = unknowns(operator)
+    if products >= n:
+        value = torch.cat([(e * (operator @ e)).sum(0) for e in units(operator, chunk)])
+        return Estimate(value, torch.zeros_like(value), n)
+    if products < 4:
+        raise CurvatureError(f"products={products}: four at least")
+    m = products // 2
+    Z = _independent(operator, m, seed)
+    Y = columns(operator, Z, chunk)
     Q, R = torch.linalg.qr(Y)
     U, S = leave_one_out(R)
     Q = Q @ U
-    AQ = _columns(operator, Q, chunk)
+    AQ = columns(operator, Q, chunk)
     left_out = Q @ S  # the direction that leaving column i out takes from Q
     # (I - QᵢQᵢᵀ) A zᵢ is the part of A zᵢ along it
     rest = Z * left_out * (left_out * Y).sum(0)
     samples = (rest - left_out * (AQ @ S)).T
     estimate = Estimate.mean(samples, m + Q.shape[1])
     return Estimate(estimate.value + (Q * AQ).sum(1), estimate.error, estimate.products)
+
+
+def _independent(operator: Any, m: int, seed: int) -> Tensor:
+    """Random signs, drawn again where short columns of them depend on each other."""
+    Z = probes(operator, m, seed=seed)
+    while len(Z) <= 64 and int(torch.linalg.matrix_rank(Z)) < m:
+        seed += 1 << 20
+        Z = probes(operator, m, seed=seed)
+    return Z

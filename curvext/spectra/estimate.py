@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 
 PROBES = ("rademacher", "gaussian", "sphere")
+SALT = 0x5EED << 32  # the numbers of torch.manual_seed(seed) may be in the operator: these must be others
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,43 @@ def batches(operator: Any, count: int, chunk: int, kind: str = "rademacher", see
     """The same, ``chunk`` columns at a time."""
     if kind not in PROBES:
         raise CurvatureError(f"probes of kind {kind!r}: one of {', '.join(PROBES)}")
-    m, n = operator.shape
-    if m != n or count < 1:
-        raise CurvatureError(
-            f"{count} random vectors for an operator of shape ({m}, {n}): one at least, and a square one"
-        )
-    generator = torch.Generator(operator.device).manual_seed(seed)
+    n = unknowns(operator)
+    if count < 1:
+        raise CurvatureError(f"{count} random vectors: one at least")
+    generator = torch.Generator(operator.device).manual_seed(SALT + seed)
     for start in range(0, count, chunk):
-        shape = (min(chunk, count - start), n)
-        options: dict[str, Any] = {"generator": generator, "device": operator.device, "dtype": operator.dtype}
-        if kind == "rademacher":
-            yield (2 * torch.randint(0, 2, shape, **options) - 1).T
-        else:
-            z = torch.randn(shape, **options)
-            yield (z * (n**0.5 / torch.linalg.vector_norm(z, dim=1, keepdim=True)) if kind == "sphere" else z).T
+        width = min(chunk, count - start)
+        yield torch.stack([_probe(operator, n, kind, generator) for _ in range(width)], 1)
+
+
+def _probe(operator: Any, n: int, kind: str, generator: torch.Generator) -> Tensor:
+    options: dict[str, Any] = {"generator": generator, "device": operator.device, "dtype": operator.dtype}
+    if kind == "rademacher":
+        return 2 * torch.randint(0, 2, (n,), **options) - 1
+    z = torch.randn(n, **options)
+    return z * (n**0.5 / torch.linalg.vector_norm(z)) if kind == "sphere" else z
+
+
+def columns(operator: Any, Z: Tensor, chunk: int) -> Tensor:
+    """A Z, ``chunk`` columns at a time."""
+    return torch.cat([operator @ z for z in Z.split(chunk, dim=1)], 1)
+
+
+def unknowns(operator: Any) -> int:
+    """P of an operator ``[P, P]``."""
+    m, n = operator.shape
+    if m != n:
+        raise CurvatureError(f"a square operator is needed, not one of shape ({m}, {n})")
+    return int(n)
+
+
+def units(operator: Any, chunk: int) -> Iterator[Tensor]:
+    """The unit vectors, ``chunk`` columns at a time: with as many products as unknowns, nothing is left to chance."""
+    n = unknowns(operator)
+    for start in range(0, n, chunk):
+        unit = torch.zeros(n, min(chunk, n - start), dtype=operator.dtype, device=operator.device)
+        unit[start:].fill_diagonal_(1)
+        yield unit
 
 
 def leave_one_out(R: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +99,7 @@ def leave_one_out(R: Tensor) -> tuple[Tensor, Tensor]:
     not missed.
     """
     U, s, _ = torch.linalg.svd(R)
-    full = s > len(s) * torch.finfo(s.dtype).eps * s[:1]
+    full = s > 10 * len(s) * torch.finfo(s.dtype).eps * s[:1]
     r = int(full.sum())
     U = U[:, :r]
     if r < len(s):

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .estimate import Estimate
-from .trace import _split
+from .estimate import Estimate, units, unknowns
+from .trace import split
 
 
 def frobenius_norm(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
@@ -15,7 +15,11 @@ def frobenius_norm(operator: Any, *, products: int = 60, chunk: int = 16, seed: 
 
     No product is needed twice. The square is unbiased; ``error`` is that of the root, to first order.
     """
-    _, AQ, rest, used = _split(operator, products, chunk, seed)
+    if products >= unknowns(operator):
+        squares = [((operator @ e) ** 2).sum() for e in units(operator, chunk)]
+        norm = torch.stack(squares).sum().sqrt()
+        return Estimate(norm, torch.zeros_like(norm), operator.shape[0])
+    _, AQ, rest, used = split(operator, products, chunk, seed)
     remainder = torch.cat([((operator @ z) ** 2).sum(0) for z in rest])
     square = Estimate.mean(remainder, used + len(remainder))
     norm = ((AQ * AQ).sum() + square.value).sqrt()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import shown
-from .estimate import Estimate, batches, leave_one_out, probes
+from .estimate import Estimate, batches, columns, leave_one_out, probes, units, unknowns
 
 
 def trace(operator: Any, *, method: str = "xtrace", products: int = 60, seed: int = 0, **options: Any) -> Estimate:
@@ -52,26 +52,27 @@ def hutch_pp(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 
 
     Source: R. Meyer, C. Musco, C. Musco, D. Woodruff, Hutch++: optimal stochastic trace estimation, 2021.
     """
-    Q, AQ, rest, used = _split(operator, products, chunk, seed)
+    if products >= unknowns(operator):
+        return _exact(operator, chunk)
+    Q, AQ, rest, used = split(operator, products, chunk, seed)
     remainder = torch.cat([(z * (operator @ z)).sum(0) for z in rest])
     estimate = Estimate.mean(remainder, used + len(remainder))
     return Estimate(estimate.value + (Q * AQ).sum(), estimate.error, estimate.products)
 
 
-def _split(operator: Any, products: int, chunk: int, seed: int) -> tuple[Tensor, Tensor, list[Tensor], int]:
-    """An orthonormal sketch of the range, its product, and random vectors orthogonal to it."""
-    n = operator.shape[0]
-    rank = min(products // 3, n)
+def _exact(operator: Any, chunk: int) -> Estimate:
+    total = torch.stack([(e * (operator @ e)).sum() for e in units(operator, chunk)]).sum()
+    return Estimate(total, torch.zeros_like(total), operator.shape[0])
+
+
+def split(operator: Any, products: int, chunk: int, seed: int) -> tuple[Tensor, Tensor, list[Tensor], int]:
+    """An orthonormal sketch of the range, its product, random vectors orthogonal to it, and products used."""
+    rank = products // 3
     if rank < 1:
         raise CurvatureError(f"products={products}: three at least")
-    Q = torch.linalg.qr(_columns(operator, probes(operator, rank, seed=seed), chunk)).Q
+    Q = torch.linalg.qr(columns(operator, probes(operator, rank, seed=seed), chunk)).Q
     rest = batches(operator, max(2, products - 2 * rank), chunk, seed=seed + 1)
-    return Q, _columns(operator, Q, chunk), [z - Q @ (Q.T @ z) for z in rest], 2 * rank
-
-
-def _columns(operator: Any, Z: Tensor, chunk: int) -> Tensor:
-    """A Z, ``chunk`` columns at a time."""
-    return torch.cat([operator @ z for z in Z.split(chunk, dim=1)], 1)
+    return Q, columns(operator, Q, chunk), [z - Q @ (Q.T @ z) for z in rest], 2 * rank
 
 
 def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
@@ -80,26 +81,30 @@ def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0)
         tr QᵢᵀAQᵢ + (P - m + 1) εᵢᵀAεᵢ / ‖εᵢ‖²,      εᵢ = (I - QᵢQᵢᵀ) zᵢ,
 
     m = ``products`` / 2, z on the sphere, and Qᵢ a basis of the other m - 1 vectors' images. Memory of 4 m vectors;
-    exact for rank below m, or m > P. ``error`` is the spread over i, indicative since the terms are not independent.
+    exact for rank below m. ``error`` is the spread over i; the terms not being independent, it is up to 1.5 times too
+    small on spectra that decay.
 
     Source: E. Epperly, J. Tropp, R. Webber, XTrace: making the most of every sample in stochastic trace estimation,
-        2024.
+    2024.
     """
-    n, m = operator.shape[0], min(products // 2, operator.shape[0])
+    n, m = unknowns(operator), products // 2
+    if products >= n:
+        return _exact(operator, chunk)
     if m < 2:
-        raise CurvatureError(f"products={products} for P = {n}: four at least, and two unknowns")
+        raise CurvatureError(f"products={products}: four at least")
     Z = probes(operator, m, "sphere", seed)
-    Y = _columns(operator, Z, chunk)
+    Y = columns(operator, Z, chunk)
     Q, R = torch.linalg.qr(Y)
     U, S = leave_one_out(R)
     Q = Q @ U
-    AQ = _columns(operator, Q, chunk)
+    AQ = columns(operator, Q, chunk)
     coordinates = Q.T @ Z
     coordinates -= S * (S * coordinates).sum(0)  # of QᵢQᵢᵀ zᵢ
     ε, Aε = Z - Q @ coordinates, Y - AQ @ coordinates
     inside = (Q * AQ).sum() - (S * (Q.T @ AQ @ S)).sum(0)
-    left, squares = n - Q.shape[1] + S.any(0).long(), (ε * ε).sum(0)
-    outside = torch.where(left > 0, left * (ε * Aε).sum(0) / squares, 0)
+    left = n - Q.shape[1] + S.any(0).long()
+    squares = (ε * ε).sum(0)
+    outside = torch.where(squares > torch.finfo(Z.dtype).eps * n, left * (ε * Aε).sum(0) / squares, 0)
     return Estimate.mean(inside + outside, m + Q.shape[1])
 
 
