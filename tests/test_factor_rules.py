@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from curvext import DiagGGNExact, extend
 from curvext.graph import Graph, edge_of
 from curvext.registry import find, registered
 from curvext.sweep import Settings
@@ -59,3 +61,15 @@ def test_every_rule_has_a_case():
     absent = {*ELSEWHERE, *UNCALLED}
     missing = sorted(f"{operation} ({wave})" for operation, wave in known - covered if operation not in absent)
     assert not missing, f"rules without a case in tests/cases: {missing}"
+
+
+@pytest.mark.parametrize("name", ["GELU", "SiLU", "Softplus", "ELU", "Hardswish", "LogSigmoid", "Mish", "GLU", "PReLU"])
+def test_single_precision_has_kernels_of_its_own(name):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), getattr(torch.nn, name)(), torch.nn.Flatten()).float()
+    x, found = torch.randn(20, 4, dtype=torch.float64), []
+    for dtype in (torch.float32, torch.float64):
+        with extend(model.to(dtype), DiagGGNExact()):
+            model(x.to(dtype)).square().mean().backward()
+        found.append([p.diag_ggn_exact.double() for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
