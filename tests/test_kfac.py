@@ -224,7 +224,7 @@ class Shared(nn.Module):
 def test_deep_linear_networks(setting, mean):
     """Of squared errors: expand is exact if every position is an output, reduce if their mean is.
 
-    Eschenhagen et al. 2023, propositions 1 and 2; weight and bias together.
+    Eschenhagen et al. 2023; weight and bias together.
     """
     model, x = Shared(mean), torch.randn(N, 5, 3)
     target = torch.randn(model(x).shape)
@@ -234,6 +234,31 @@ def test_deep_linear_networks(setting, mean):
         place = layer.kflr.join(*torch.arange(len(block)).split([layer.weight.numel(), len(layer.bias)])).flatten()
         exact = torch.allclose(layer.kflr.dense(), block[place][:, place], rtol=1e-8, atol=1e-11)
         assert exact == (setting == ("reduce" if mean else "expand"))
+
+
+@settings
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_curvlinops(setting, reduction):
+    """Its factors of weights, where it is right, and weight and bias together."""
+    curvlinops = pytest.importorskip("curvlinops")
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+    loss, x, y = nn.CrossEntropyLoss(reduction=reduction), torch.randn(N, 2, 4, 4), classes(N)
+    swept(model, lambda: loss(model(x), y), KFLR(setting))
+    parameters = list(model.parameters())
+    for apart in (True, False):
+        theirs = curvlinops.KFACLinearOperator(
+            *(model, loss, parameters, [(x, y)]), fisher_type="type-2", kfac_approx=setting,
+            separate_weight_and_bias=apart, check_deterministic=False,
+        )  # fmt: skip
+        want, start = theirs @ torch.eye(theirs.shape[0]), 0
+        for layer in (model[0], model[3]):
+            p, q = layer.weight.numel(), layer.weight.numel() + layer.bias.numel()
+            if apart:
+                near(Kronecker(layer.weight.kflr).dense(), want[start : start + p, start : start + p])
+            else:
+                place = start + layer.kflr.join(torch.arange(p), torch.arange(p, q)).flatten()
+                near(layer.kflr.dense(), want[place][:, place])
+            start += q
 
 
 def test_known_draws():
