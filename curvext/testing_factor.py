@@ -16,7 +16,7 @@ from .errors import CurvatureError
 from .factor import part, pass_columns, reduced_columns
 from .graph import Graph, Operation, edge_of
 from .persample import Dense, PerSample
-from .samples import Axis, State, _candidates, labels, masked, probe
+from .samples import BATCH, Axis, State, _candidates, labels, masked, probe
 from .sweep import Settings
 
 COLUMNS = 2
@@ -75,6 +75,7 @@ class _Check:
         self.columns()
         for n, axis in places(first.shape):
             self.at(n, axis)
+        self.batch()
         return self.checked
 
     def at(self, n: int, axis: Axis) -> None:
@@ -90,6 +91,15 @@ class _Check:
             return self._passed("samples")
         op.axes_seen = op.axes_in = tuple([*states, *[None] * (len(op.edges) - len(states))])
         self.parts()
+
+    def batch(self) -> None:
+        """With the whole batch as one sample, and one input after the other a weight."""
+        op = self.op
+        op.n_samples, op.axes_out = 1, (BATCH,) * len(op.outputs)
+        for i, need in enumerate(op.needs):
+            if need:
+                op.axes_seen = op.axes_in = tuple([None if j == i else BATCH for j in range(len(op.edges))])
+                self.parts()
 
     def columns(self) -> None:
         """The factor rule passes columns as the node does, whichever inputs are wanted."""

@@ -17,7 +17,7 @@ from torch.nn.functional import grouped_mm as grouped
 from ..graph import Operation
 from ..persample import Dense, Outer, PerSample, WaveGram, over
 from ..registry import rule
-from ..samples import Axis, front
+from ..samples import BATCH, Axis, front
 from .structure import pointwise_rule
 
 Waves = tuple[Tensor | None, ...] | None
@@ -203,7 +203,7 @@ def linear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return x, w, h
 
 
-@rule("MmBackward0", wave="factor")
+@rule("MmBackward0", "BmmBackward0", wave="factor")
 def mm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     """S_A = S Bᵀ, S_B = Aᵀ S, of all columns in one product."""
     if _sparse(op.self, op.mat2):
@@ -215,13 +215,18 @@ def _sparse(*matrices: Tensor | None) -> bool:
     return any([m is not None and m.layout is not torch.strided for m in matrices])
 
 
-@rule("AddmmBackward0", wave="factor")
+def _added_factors(op: Operation) -> tuple[Tensor, Tensor]:
+    return (op.mat1, op.mat2) if op.name == "AddmmBackward0" else (op.batch1, op.batch2)
+
+
+@rule("AddmmBackward0", "BaddbmmBackward0", wave="factor")
 def addmm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     """S_C = β S, S_A = α S Bᵀ, S_B = α Aᵀ S."""
+    a, b = _added_factors(op)
     return (
         _by(s, op.beta) if wanted[0] else None,
-        _by(s @ op.mat2.mH, op.alpha) if wanted[1] else None,
-        _by(op.mat1.mH @ s, op.alpha) if wanted[2] else None,
+        _by(s @ b.mH, op.alpha) if wanted[1] else None,
+        _by(a.mH @ s, op.alpha) if wanted[2] else None,
     )
 
 
@@ -229,16 +234,16 @@ def _by(s: Tensor, factor: float) -> Tensor:
     return s if factor == 1 else s * factor.conjugate()
 
 
-@rule("MmBackward0", wave="shared")
+@rule("MmBackward0", "BmmBackward0", wave="shared")
 def mm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
     """The factor that the samples share gets Σ over a sample's rows (columns) of outer products."""
     return _products(op, s, op.self, op.mat2, wanted, 0)
 
 
-@rule("AddmmBackward0", wave="shared")
+@rule("AddmmBackward0", "BaddbmmBackward0", wave="shared")
 def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
     """As mm, scaled by α; the added vector gets Σ over a sample's rows."""
-    found = _products(op, _by(s, op.alpha), op.mat1, op.mat2, wanted[1:], 1)
+    found = _products(op, _by(s, op.alpha), *_added_factors(op), wanted[1:], 1)
     if wanted[0] and op.axes_out[0].dim <= 0 and list(op.inputs[0].shape) == list(op.outputs[0].shape[1:]):
         found[0] = Dense(_by(over(front(s, op.axes_out[0], op.n_samples, 1), 2), op.beta))
         weight = found.get(2)
@@ -249,14 +254,38 @@ def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, 
 
 
 def _products(op: Operation, s: Tensor, a: Any, b: Any, wanted: Sequence[bool], first: int) -> dict[int, PerSample]:
-    """y = A B: B gets a ⊗ s where the samples are rows of y, A gets s ⊗ b where they are columns."""
-    axis, n = op.axes_out[0], op.n_samples
+    """y = A B: B gets a ⊗ s where the samples are rows of y, A gets s ⊗ b where they are columns; G matrices or one."""
     if _sparse(a, b):
         return {}
-    if axis.dim <= 0 and wanted[1]:
-        waves, x = front(s, axis, n, 1), front(a.conj(), axis, n)
-        return {first + 1: Outer(waves.unsqueeze(2), x.unsqueeze(1), tuple(op.inputs[first + 1].shape), flipped=True)}
-    if axis.dim == 1 and wanted[0]:
-        waves, x = front(s.mT, Axis(0, axis.inner), n, 1), front(b.mH, Axis(0, axis.inner), n)
-        return {first: Outer(waves.unsqueeze(2), x.unsqueeze(1), tuple(op.inputs[first].shape))}
-    return {}
+    rank, axis, n, found = s.dim() - 1, op.axes_out[0], op.n_samples, dict[int, PerSample]()
+    if rank == 2:
+        s, a, b = (t if t is None else t.unsqueeze(-3) for t in (s, a, b))
+    rows = BATCH if axis is BATCH else Axis(1, axis.inner)
+    if wanted[1] and axis.dim in (-1, rank - 2):
+        waves, x = front(s, rows, n, 1), front(a.conj(), rows, n)
+        found[first + 1] = Outer(waves, x, tuple(op.inputs[first + 1].shape), flipped=True)
+    if wanted[0] and axis.dim in (-1, rank - 1):
+        waves, x = front(s.mT, rows, n, 1), front(b.mH, rows, n)
+        found[first] = Outer(waves, x, tuple(op.inputs[first].shape))
+    return found
+
+
+@rule("LinearBackward0", wave="factor")
+def linear_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """S_x = S W; between shared tensors it is left to the node."""
+    return None if any(wanted[1:]) else (s @ op.weight.conj(), *[None] * (len(wanted) - 1))
+
+
+@rule("LinearBackward0", wave="shared")
+def linear_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """W gets Σ over a sample's rows of s ⊗ x, the bias gets Σ s."""
+    axis, n, found = op.axes_out[0], op.n_samples, dict[int, PerSample]()
+    if axis.dim == s.dim() - 2:
+        return found
+    rows = front(s, axis, n, 1).flatten(2, -2).unsqueeze(2)  # V N 1 T O
+    if wanted[1]:
+        x = front(op.node._saved_input.conj(), axis, n).flatten(1, -2).unsqueeze(1)  # type: ignore[attr-defined]
+        found[1] = Outer(rows, x, tuple(op.inputs[1].shape))
+    if len(wanted) > 2 and wanted[2]:
+        found[2] = Dense(rows.sum((2, 3)))
+    return found

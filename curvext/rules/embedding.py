@@ -45,8 +45,8 @@ def embedding_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[i
     s = s * (indices != op.padding_idx).unsqueeze(-1)
     if op.scale_grad_by_freq:
         s = s / _uses(indices.flatten(), int(op.weight_sym_argsize_0), s)[indices].unsqueeze(-1)
-    waves = front(s, axis, n, 1).flatten(2, -2)
-    return {0: Rows(waves, front(indices, axis, n).flatten(1), tuple(op.inputs[0].shape))}
+    waves = front(s, axis, n, 1).reshape(len(s), n, -1, s.shape[-1])
+    return {0: Rows(waves, front(indices, axis, n).reshape(n, -1), tuple(op.inputs[0].shape))}
 
 
 def _uses(indices: Tensor, rows: int, like: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +60,33 @@ def _bin_sizes(n: int, bins: int, like: Tensor) -> Tensor:
     """Bin k of n entries goes from ⌊k n/bins⌋ to ⌈(k+1) n/bins⌉."""
     k = torch.arange(bins, device=like.device)
     return (-(-(k + 1) * n // bins) - k * n // bins).to(like.dtype)
+
+
+@rule(
+    *("MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0"),
+    *("AdaptiveMaxPool2DBackward0", "AdaptiveMaxPool3DBackward0"),
+    wave="factor",
+)
+def max_pool_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """Every output entry's column goes to the place of the maximum, all columns in one step."""
+    d = 2 if "2D" in op.name else 3
+    places = op.result1.flatten(-d).expand(*s.shape[:-d], -1)
+    below = s.new_zeros(len(s), *op.inputs[0].shape)
+    below.flatten(-d).scatter_add_(-1, places, s.flatten(-d))
+    return (below,)
+
+
+@rule(
+    "AvgPool2DBackward0", "AvgPool3DBackward0", "AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0",
+    wave="factor",
+)  # fmt: skip
+def average_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """The pool's own backward, of all columns in one batch."""
+    d, shape = (2 if "2D" in op.name else 3), op.inputs[0].shape
+    batch = s.reshape(-1, *s.shape[-d - 1 :])
+    x = s.new_empty(1).expand(len(batch), *shape[-d - 1 :])  # only its shape is used
+    adaptive, settings = op.name.startswith("Adaptive"), ()
+    if not adaptive:
+        settings = (op.kernel_size, op.stride, op.padding, op.ceil_mode, op.count_include_pad, op.divisor_override)
+    backward = getattr(torch.ops.aten, f"{'_adaptive_' if adaptive else ''}avg_pool{d}d_backward")
+    return (backward(batch, x, *settings).view(len(s), *shape),)
