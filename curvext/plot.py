@@ -34,12 +34,13 @@ def density(
     ax = _axes(ax)
     grid = spectrum.grid(width=width) if grid is None else grid
     curve = spectrum(grid, width)
-    value, error = curve.value, curve.error
-    at = grid.numpy()
-    (line,) = ax.semilogy(at, value.clamp(min=1e-30).numpy(), label=label)
-    band = (value - error).clamp(min=1e-30).numpy(), (value + error).numpy()
-    ax.fill_between(at, *band, color=line.get_color(), alpha=0.3, linewidth=0)
-    ax.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-4 / spectrum.size / spectrum.width, None))
+    floor = 1e-2 / spectrum.size / (spectrum.width if width is None else width)  # well below one eigenvalue's peak
+    value, low, high = (
+        t.clamp(min=floor).numpy() for t in (curve.value, curve.value - curve.error, curve.value + curve.error)
+    )
+    (line,) = ax.semilogy(grid.numpy(), value, label=label)
+    ax.fill_between(grid.numpy(), low, high, color=line.get_color(), alpha=0.3, linewidth=0)
+    ax.set(xlabel="eigenvalue", ylabel="density")
     return ax
 
 

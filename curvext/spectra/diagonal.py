@@ -41,7 +41,7 @@ def hutchinson_diagonal(
 def xdiag(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
     """A = QᵢQᵢᵀA + (I - QᵢQᵢᵀ)A: the diagonal of the first part exactly, of the second from zᵢ; the mean over i.
 
-    m = ``products`` / 2 Rademacher vectors, Qᵢ a basis of the images of all but the i-th. Memory of 4 m vectors; exact
+    m = ``products`` / 2 Rademacher vectors, Qᵢ a basis of the images of all but the i-th. Memory of 6 m vectors; exact
     for rank below m. ``error`` is the spread over i, indicative since the terms are not independent.
 
     Source: E. Epperly, J. Tropp, R. Webber, XTrace: making the most of every sample in stochastic trace estimation,

@@ -80,7 +80,7 @@ def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0)
 
         tr QᵢᵀAQᵢ + (P - m + 1) εᵢᵀAεᵢ / ‖εᵢ‖²,      εᵢ = (I - QᵢQᵢᵀ) zᵢ,
 
-    m = ``products`` / 2, z on the sphere, and Qᵢ a basis of the other m - 1 vectors' images. Memory of 4 m vectors;
+    m = ``products`` / 2, z on the sphere, and Qᵢ a basis of the other m - 1 vectors' images. Memory of 5 m vectors;
     exact for rank below m. ``error`` is the spread over i; the terms not being independent, it is up to 1.5 times too
     small on spectra that decay.
 
@@ -100,7 +100,7 @@ def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0)
     AQ = columns(operator, Q, chunk)
     coordinates = Q.T @ Z
     coordinates -= S * (S * coordinates).sum(0)  # of QᵢQᵢᵀ zᵢ
-    ε, Aε = Z - Q @ coordinates, Y - AQ @ coordinates
+    ε, Aε = Z.sub_(Q @ coordinates), Y.sub_(AQ @ coordinates)
     inside = (Q * AQ).sum() - (S * (Q.T @ AQ @ S)).sum(0)
     left = n - Q.shape[1] + S.any(0).long()
     squares = (ε * ε).sum(0)
