@@ -75,7 +75,9 @@ class extend(TorchFunctionMode):
             dimension is N·T (token losses), T consecutive rows belong to a sample; every N-th one, if that is the
             only way in which the model's own reshapes fit.
         extension_hook: called with each parameter as soon as its quantities are on it, before ``p.grad`` is complete:
-            to reduce them early; what it deletes from parameters is freed.
+            to reduce them early. What it deletes from parameters is freed and not in the block's results; what it
+            replaces is freed, and the results hold the replacement. Neither is added up over backward passes. Its
+            errors are raised after the backward pass, and nothing stays on the parameters.
         generator: source of random probes and Monte-Carlo draws.
         probes: random probes for each operation that must be sampled.
         enumerate_up_to: operations without a rule are enumerated exactly up to this many entries, and sampled beyond.
@@ -175,6 +177,7 @@ class extend(TorchFunctionMode):
         targets = self._targets(graph, inputs)
         reader = _Reader(self, targets)
         sweep = Sweep(graph, targets, self.waves, self.settings, reader.arrive)
+        self._settle()
         failure = self._prepare(sweep, reader, loss, gradient) or self._in_parts(graph, sweep, reader, loss, gradient)
         try:
             with sweep if failure is None else nullcontext():
@@ -190,6 +193,13 @@ class extend(TorchFunctionMode):
             reader.withdraw()
             raise failure
         reader.commit()
+
+    def _settle(self) -> None:
+        """Make what earlier passes left independent of gradients."""
+        for (field, name), value in self.held.items():
+            for quantity in self.asked[name]:
+                if quantity.total and quantity.savefield == field:
+                    self.held[field, name] = quantity.settled(value)
 
     def _targets(self, graph: Graph, inputs: Any) -> dict[Edge, Target]:
         """Every tensor to follow: all of the graph, or those that ``backward(inputs=...)`` asks for."""
@@ -325,11 +335,15 @@ class _Reader:
             self._release()
 
     def _release(self) -> None:
-        """What a hook deleted from the tensors is let go of here too."""
+        """What a hook deleted or replaced is let go of here too."""
         for field, values in self.block.results.items():
-            for name in [name for name in values if field not in self.block.tensors[name].__dict__]:
-                del values[name]
-                self.block.held.pop((field, name), None)
+            for name, value in list(values.items()):
+                now = self.block.tensors[name].__dict__.get(field)
+                if now is not value:
+                    self.block.held.pop((field, name), None)
+                    values[name] = now
+                    if now is None:
+                        del values[name]
 
     def _keep(self, edge: Edge) -> None:
         """Add what has arrived to the results; a tensor may have several names."""
@@ -358,10 +372,14 @@ class _Reader:
 
     def withdraw(self) -> None:
         """Nothing of a pass that failed stays, not even what a hook has seen already."""
-        if self.block.hook is not None:
-            for target in self.targets.values():
-                for field in self.block.results:
-                    target.tensor.__dict__.pop(field, None)
+        if self.block.hook is None:
+            return
+        for target in self.targets.values():
+            for field, values in self.block.results.items():
+                target.tensor.__dict__.pop(field, None)
+                for name in target.names:
+                    values.pop(name, None)
+                    self.block.held.pop((field, name), None)
 
 
 def _failure(sweep: Sweep) -> Exception | None:

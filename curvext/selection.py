@@ -92,22 +92,27 @@ def assigned(
     """The quantities of every selected tensor, by name.
 
     Raises:
-        ValueError: if two quantities of the same field name select one tensor, or nothing is selected.
+        ValueError: if two quantities of the same field name select one tensor, or one selects nothing.
     """
     everywhere = None if only is None else selector(model, only)
     chosen = [(entry.quantity, selector(model, entry.where) if entry.where else None) for entry in entries]
     found: dict[str, list[Saved]] = {}
+    used: set[int] = set()
     for name, tensor in tensors.items():
         if everywhere is not None and not everywhere(name, tensor):
             continue
-        here = [quantity for quantity, test in chosen if test is None or test(name, tensor)]
+        mine = [k for k, (_, test) in enumerate(chosen) if test is None or test(name, tensor)]
+        here = [chosen[k][0] for k in mine]
         fields = [quantity.savefield for quantity in here]
         if len(set(fields)) < len(fields):
             raise ValueError(f"extend: two quantities saved as {sorted(fields)} select {name!r}")
         if here:
             found[name] = here
-    if tensors and not found:
+        used.update(mine)
+    idle = [type(quantity).__name__ for k, (quantity, _) in enumerate(chosen) if k not in used]
+    if tensors and idle:
         raise ValueError(
-            f"extend: the selection matches none of the {len(tensors)} tensors, such as {next(iter(tensors))!r}"
+            f"extend: the selection of {', '.join(idle)} matches none of the {len(tensors)} tensors, such as "
+            f"{next(iter(tensors))!r}"
         )
     return found

@@ -26,6 +26,10 @@ class Saved(ABC):
     recycles: ClassVar[bool] = False  # whether it writes into ``target.memory``
     per_sample: ClassVar[bool] = False  # whether it depends on how the loss is divided into samples
 
+    def settled(self, held: Any) -> Any:
+        """What was read, for as long as the block lasts; if ``total``, before another pass writes to the gradients."""
+        return held
+
     def add(self, a: Any, b: Any) -> Any:
         """What several backward passes of one block give together: that of the sum of their losses."""
         return a + b

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CurvatureError
 from ..persample import PerSample
 from ..wave import Wave
 from .base import Quantity, Target
@@ -100,19 +101,30 @@ class Variance(_FirstOrder):
     savefield = "variance"
     total = True
 
-    def of(self, gradients: PerSample, target: Target) -> tuple[int, Tensor, Tensor]:
+    def of(self, gradients: PerSample, target: Target) -> tuple[int, Tensor, Tensor, int]:
         total = gradients.sums()[0] if target.gradient is None else target.gradient
-        return gradients.size[1], total, gradients.squares()
+        return gradients.size[1], total, gradients.squares(), total._version
+
+    def settled(self, held: Any) -> Any:
+        n, total, squares, version = held
+        if total._version != version:
+            raise CurvatureError(
+                "Variance: gradients were changed in place between two backward passes of one block; call "
+                "zero_grad(), clip or step outside the block"
+            )
+        total = total.clone()  # the next pass adds to it
+        return n, total, squares, total._version
 
     def add(self, a: Any, b: Any) -> Any:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
+        total = a[1] + b[1]
+        return a[0] + b[0], total, a[2] + b[2], total._version
 
     def zero(self, target: Target) -> Any:
         none = torch.zeros_like(target.tensor, requires_grad=False)
-        return target.n or 1, none, none
+        return target.n or 1, none, none, none._version
 
     def result(self, held: Any, target: Target) -> Tensor:
-        n, total, squares = held
+        n, total, squares, _ = held
         return torch.addcmul(squares / n, total, total, value=-1 / n**2)
 
 
