@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+
 import torch
 import torch.nn.functional as F
 from pytest import fixture, mark, raises
@@ -303,3 +305,32 @@ class TestPiecewiseLinear:
     def test_rank_of_fisher(self, relu):
         assert torch.linalg.matrix_rank(Fisher(*relu).to_dense()) <= 3 * 3
         assert torch.linalg.matrix_rank(EmpiricalFisher(*relu).to_dense()) <= 3
+
+
+CONVOLUTIONS = {
+    "1d": lambda: (nn.Conv1d(2, 4, 3, stride=2, padding=1, groups=2), (3, 2, 7)),
+    "2d": lambda: (nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), (2, 2, 6, 5)),
+    "3d": lambda: (nn.Conv3d(2, 2, 2, bias=False), (2, 2, 3, 4, 3)),
+    "same": lambda: (nn.Conv2d(2, 2, 3, padding="same"), (2, 2, 4, 4)),
+    "same, uneven": lambda: (nn.Conv2d(2, 2, 2, padding="same"), (2, 2, 4, 4)),
+    "valid": lambda: (nn.Conv2d(2, 2, 2, padding="valid"), (2, 2, 4, 4)),
+    "reflected": lambda: (nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect"), (2, 2, 4)),
+    "one sample": lambda: (nn.Conv2d(2, 2, 2), (2, 4, 4)),
+    "depthwise": lambda: (nn.Conv2d(2, 4, 3, groups=2, stride=2), (2, 2, 5, 5)),
+}
+
+
+@mark.filterwarnings("ignore:Using padding='same'")
+@mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    first, shape = CONVOLUTIONS[name]()
+    z = first(torch.randn(shape))
+    model = nn.Sequential(first, nn.Tanh(), type(first)(z.shape[1 - (name == "one sample")], 2, 2))
+    x = torch.randn(shape)
+    y = torch.randn_like(model(x))
+    for only in ("*", "0.weight", "2.*"):
+        parameters = [p for n, p in model.named_parameters() if fnmatch(n, only)]
+        h = hessian(lambda: F.mse_loss(model(x), y), parameters)
+        g = gauss_newton(lambda: model(x), lambda z: F.mse_loss(z, y), parameters)
+        near(Hessian(model, F.mse_loss, (x, y), only=only).to_dense(), h)
+        near(GaussNewton(model, F.mse_loss, (x, y), only=only, memory=1).to_dense(), g)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CurvatureError
 from ..selection import kept, named, selector, trained
 from .base import Operator
-from .data import Batches, Closure, Objective, Term, batch_normalised, call, output_tensors, without_fused
+from .data import Batches, Closure, Objective, Term, batch_normalised, call, output_tensors, twice_differentiable
 from .draws import loss_draws
 from .linearised import Linearised, Tensors
 from .space import Space
@@ -147,18 +147,17 @@ class Curvature(OverData):
             )
         batch = next(iter(self.batches))
         self.objective.verify(batch)
-        a, b = (self._gradient(batch) for _ in range(2))
-        if not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()), equal_nan=True):
+        first, second = (self._gradient(batch) for _ in range(2))
+        off, size = _norm([a - b for a, b in zip(first, second, strict=True)]), _norm(first)
+        if off > torch.finfo(self.dtype).eps ** 0.5 * size:
             raise CurvatureError(
-                "the loss is random: two gradients of the first batch differ by "
-                f"{float((a - b).norm() / a.norm()):.2g} of their norm. Dropout? Call model.eval(); or pass "
-                "check=False to go on with what is drawn"
+                f"the loss is random: two gradients of the first batch differ by {float(off / size):.2g} of their "
+                "norm. Dropout? Call model.eval(); or pass check=False to go on with what is drawn"
             )
 
-    def _gradient(self, batch: Any) -> Tensor:
-        parameters = list(self.parameters.values())
-        found = torch.autograd.grad(self._term(batch).value, parameters, allow_unused=True)
-        return flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], False)
+    def _gradient(self, batch: Any) -> Tensors:
+        found = torch.autograd.grad(self._term(batch).value, list(self.parameters.values()), allow_unused=True)
+        return [g for g in found if g is not None]
 
     def _term(self, batch: Any) -> Term:
         return self.objective.term(batch)  # type: ignore[no-any-return]
@@ -291,6 +290,10 @@ def chosen(model: Any, only: Any) -> dict[str, Tensor]:
     return tensors
 
 
+def _norm(tensors: Tensors) -> Any:
+    return sum(t.square().sum() for t in tensors) ** 0.5
+
+
 def split(space: Space, v: Tensor, chunk: int) -> Iterator[tuple[Tensors, bool]]:
     """Columns ``[P, K]`` in the parameters' shapes, ``chunk`` at a time; without a dimension for one alone."""
     for part in v.split(chunk, 1):
@@ -345,7 +348,7 @@ class Jacobian(OverData):
             raise CurvatureError("the model is random: two outputs of the first batch differ. Call model.eval()")
 
     def _outputs(self, batch: Any) -> list[Tensor]:
-        with torch.enable_grad(), without_fused(self.model):
+        with torch.enable_grad(), twice_differentiable(self.model):
             return output_tensors(call(self.model, batch))
 
     def _term(self, batch: Any) -> Term:

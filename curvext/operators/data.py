@@ -23,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import CurvatureError
+from ..progress import shown
+from .convolution import Convolutions
 
 CLASSIFICATION = (F.cross_entropy, F.nll_loss)
 
@@ -64,13 +66,8 @@ class Batches:
         self.data, self.device, self.progress = data, device, progress
 
     def __iter__(self) -> Iterator[Any]:
-        batches = [self.data] if self.single else self.data
-        if self.progress and not self.single:
-            from .base import optional
-
-            batches = optional("tqdm", "progress=True").tqdm(batches, desc="batches", leave=False, disable=None)
         empty = True
-        for batch in batches:
+        for batch in [self.data] if self.single else shown(self.data, self.progress, "batches"):
             empty = False
             yield tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, batch)
         if empty:
@@ -88,10 +85,13 @@ class Batches:
 
 
 @contextmanager
-def without_fused(model: Any) -> Iterator[None]:
-    """Within, kernels that PyTorch cannot differentiate twice (fused attention, cuDNN's recurrence) are not used."""
+def twice_differentiable(model: Any) -> Iterator[None]:
+    """Within, kernels that PyTorch cannot differentiate twice (fused attention, cuDNN's recurrence) are not used, and
+    convolutions are those of :mod:`curvext.operators.convolution`.
+    """
     recurrent = isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+    slower = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), slower, Convolutions():
         yield
 
 
@@ -158,7 +158,7 @@ class Objective:
 
     def term(self, batch: Any) -> Term:
         """One batch's part of the loss."""
-        with torch.enable_grad(), without_fused(self.model):
+        with torch.enable_grad(), twice_differentiable(self.model):
             outputs = call(self.model, batch)
             weight = self._weight(outputs, batch)
             value = self._value(outputs, batch, weight)
@@ -228,7 +228,7 @@ class Closure:
 
     def term(self, batch: Any) -> Term:
         """The loss."""
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), twice_differentiable(None):
             value = self.function()
         value, outputs = value if isinstance(value, (tuple, list)) else (value, ())
         if not isinstance(value, Tensor) or value.dim():
