@@ -1,3 +1,11 @@
 """Optimizers, each a ``torch.optim.Optimizer``."""
 
 from .adahesscale import AdaHesScale as AdaHesScale
+from .base import ClosureOptimizer as ClosureOptimizer
+from .base import Report as Report
+from .gradient_descent import GradientDescent as GradientDescent
+from .lbfgs import LBFGS as LBFGS
+from .newton_cg import NewtonCG as NewtonCG
+from .precondition import DiagonalPreconditioner as DiagonalPreconditioner
+from .precondition import FisherPreconditioner as FisherPreconditioner
+from .precondition import KroneckerPreconditioner as KroneckerPreconditioner

@@ -62,6 +62,8 @@ class ClosureOptimizer(Optimizer):
     :meth:`recall` and :meth:`remember`): both survive ``state_dict()``. Public attributes survive copies and pickling.
     """
 
+    second_order = True  # whether the optimizer takes a curvature_closure
+
     def __init__(self, params: Any, defaults: dict[str, Any]):
         defaults = {"lr": 1.0, "weight_decay": 0.0, "maximize": False, **defaults}
         super().__init__(params, defaults)
@@ -97,6 +99,8 @@ class ClosureOptimizer(Optimizer):
         """
         if closure is None:
             raise CurvatureError(f"{type(self).__name__}.step needs a closure that returns the loss")
+        if curvature_closure is not None and not self.second_order:
+            raise TypeError(f"{type(self).__name__} uses no curvature, and so no curvature_closure")
         self.param_groups[0]["carried"] = dict(self.carried)  # an earlier state_dict() keeps its own
         objective = Objective(self, closure, curvature_closure)
         try:
@@ -142,12 +146,14 @@ class Found:
         step: what the line search returned; its ``size`` is zero then.
         d: the step taken ``[P]``, ``lr`` and ``size`` in it.
         reason: in words.
+        point: there, if the search has made one.
     """
 
     name: str | None
     step: Step
     d: Tensor
     reason: str
+    point: Point | None = None
 
     def report(self, point: Point, products: int | None = None, **details: Any) -> Report:
         """The report of a step that did this from a point."""
@@ -254,11 +260,12 @@ class Objective:
                for p, (g, v) in zip(self.parameters, before, strict=True)):  # fmt: skip
             raise CurvatureError(BACKWARD)
 
-    def point(self, d: Tensor | None = None, products: bool = True) -> Point:
+    def point(self, d: Tensor | None = None, products: bool | str = True) -> Point:
         """f, its gradient and its curvature at θ + d; the parameters stay there.
 
         Once parameters have moved, products with the curvature of an earlier point raise; its gradient is still there
-        if it has been asked for. ``products=False`` is for a gradient alone: its own graph is not kept.
+        if it has been asked for. ``products=False`` is for a gradient alone: no graph is kept.
+        ``"gauss_newton"``: the loss's graph, and not the gradient's.
         """
         self.move(d)
         loss, outputs = self._call(self.closure)
@@ -270,13 +277,16 @@ class Objective:
         """The point whose curvature is to be used: of the second closure where there is one, else the same."""
         return point if self.curvature_closure is None else Point(self, *self._call(self.curvature_closure))
 
-    def search(self, point: Point, line_search: LineSearch | None, directions: Mapping[str, Tensor]) -> Found:
+    def search(
+        self, point: Point, line_search: LineSearch | None, directions: Mapping[str, Tensor], points: bool = False
+    ) -> Found:
         """Go along the first of some directions, times ``lr``, that descends and on which the search finds a step.
 
         Args:
             point: at θ.
             line_search: ``None`` for full steps.
             directions: ``[P]``, by a name for the report.
+            points: whether the gradient where the search ends will be needed; keeps the graph of the last trial.
         """
         failed = []
         for name, p in directions.items():
@@ -285,25 +295,39 @@ class Objective:
             if not slope < 0:
                 failed.append(f"{name}: does not descend")
                 continue
-            step = (line_search or FullStep())(self._along(d, line_search), float(point.value), slope)
+            trials = _Trials(self, d, getattr(line_search, "slopes", False), points)
+            step = (line_search or FullStep())(trials, float(point.value), slope)
             if step.size:
-                self.move(step.size * d)
+                if trials.size != step.size:
+                    self.move(step.size * d)
                 how = "" if step.accepted else ", line search not finished"
-                return Found(name, step, step.size * d, "; ".join([*failed, name + how]))
+                return Found(name, step, step.size * d, "; ".join([*failed, name + how]), trials.at(step.size))
             failed.append(f"{name}: nothing lower in {step.evaluations} evaluations")
         self.move(None)
         reason = "; ".join(failed) if bool(point.gradient.any()) else "the gradient is zero"
         return Found(None, Step(0.0, float(point.value), 0, False), torch.zeros_like(self.start), reason)
 
-    def _along(self, d: Tensor, line_search: LineSearch | None) -> Callable[[float], Any]:
-        """α -> f(θ + α d), with the slope there for line searches that ask for it."""
 
-        def both(α: float) -> tuple[float, float]:
-            point = self.point(α * d, products=False)
-            value = float(point.value)
-            return value, float(point.gradient.dot(d)) if math.isfinite(value) else math.nan
+class _Trials:
+    """α -> f(θ + α d), with the slope there for line searches that ask for it; knows the last ``size`` and point."""
 
-        return both if getattr(line_search, "slopes", False) else lambda α: float(self.value(α * d))
+    def __init__(self, objective: Objective, d: Tensor, slopes: bool, points: bool):
+        self.objective, self.d, self.slopes, self.points = objective, d, slopes, points or slopes
+        self.size = 0.0
+        self.point: Point | None = None
+
+    def __call__(self, α: float) -> Any:
+        self.size, self.point = α, None
+        if not self.points:
+            return float(self.objective.value(α * self.d))
+        self.point = point = self.objective.point(α * self.d, products=False)
+        value = float(point.value)
+        if not self.slopes:
+            return value
+        return value, float(point.gradient.dot(self.d)) if math.isfinite(value) else math.nan
+
+    def at(self, α: float) -> Point | None:
+        return self.point if self.size == α else None
 
 
 BACKWARD = "the closure called backward(); it must only return the loss"
@@ -312,10 +336,10 @@ BACKWARD = "the closure called backward(); it must only return the loss"
 class Point:
     """The objective at one place: its value, gradient and curvature products; the graph is kept while this is."""
 
-    def __init__(self, objective: Objective, loss: Tensor, outputs: list[Tensor], products: bool = True):
+    def __init__(self, objective: Objective, loss: Tensor, outputs: list[Tensor], products: bool | str = True):
         if not loss.requires_grad:
             raise CurvatureError("the closure's loss does not depend on the parameters through a graph")
-        self.objective, self.differentiable = objective, products
+        self.objective, self.kept = objective, products
         self.graph = Linearised(Term(loss, outputs), objective.parameters)
         self.value = objective.sign * loss.detach() + objective.penalty()
         self.theta = objective.flat(objective.parameters)
@@ -325,7 +349,7 @@ class Point:
     def gradient(self) -> Tensor:
         """∇f ``[P]``."""
         try:
-            pieces = self.graph.gradient if self.differentiable else self._plain()
+            pieces = self.graph.gradient if self.kept in (True, "hessian") else self._plain()
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
@@ -338,9 +362,9 @@ class Point:
         return found
 
     def _plain(self) -> list[Tensor]:
-        """The gradient of the loss, its graph freed."""
+        """The gradient of the loss without a graph of its own."""
         parameters = self.objective.parameters
-        found = torch.autograd.grad(self.graph.term.value, parameters, allow_unused=True)
+        found = torch.autograd.grad(self.graph.term.value, parameters, retain_graph=bool(self.kept), allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     def curvature(self, kind: str = "hessian") -> Products:
@@ -357,7 +381,7 @@ class Point:
         Nothing is left on the parameters, ``grad`` included.
         """
         parameters = {str(i): p for i, p in enumerate(self.objective.parameters)}
-        fields = [q.savefield for q in quantities]
+        fields = [getattr(q, "quantity", q).savefield for q in quantities]
         before = [(p.grad, {f: p.__dict__.get(f) for f in fields}) for p in parameters.values()]
         try:
             with torch.enable_grad(), extend(parameters, *quantities, **options) as found:

@@ -22,6 +22,8 @@ class GradientDescent(ClosureOptimizer):
     Source: Nocedal and Wright, Numerical Optimization, algorithm 3.1.
     """
 
+    second_order = False
+
     def __init__(
         self,
         params: Any,
