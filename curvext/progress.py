@@ -63,19 +63,19 @@ class Checkpoint:
         def step() -> None:
             self.steps += 1
             if self.steps % self.every == 0:
-                self.save(state())
+                self.save(state)
 
         try:
             yield step
         finally:
-            self.save(state())
+            self.save(state)
 
-    def save(self, state: Mapping[str, Any]) -> None:
+    def save(self, state: Callable[[], Mapping[str, Any]]) -> None:
         """Write beside the file, then rename: a run killed meanwhile leaves the old one whole."""
-        if self.path is None or not state:
+        if self.path is None or not (whole := state()):
             return
         beside = self.path.with_name(self.path.name + ".part")
-        torch.save({"problem": self.problem, "state": dict(state)}, beside)
+        torch.save({"problem": self.problem, "state": dict(whole)}, beside)
         os.replace(beside, self.path)
 
 

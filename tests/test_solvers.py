@@ -391,7 +391,7 @@ def test_lanczos_goes_on_where_it_stopped(tmp_path, keep):
         lanczos(Counting(A, stop_at=24), b, steps=40, **options)
     again = Counting(A)
     found = lanczos(again, b, steps=40, **options)
-    assert again.products == found.products == 40 - 23 + 1
+    assert again.products == 40 - 23 + 1 and found.products == 41
     whole = lanczos(A, b, steps=40, reorthogonalize=how, keep=keep)
     torch.testing.assert_close(found.values, whole.values)
     more = lanczos(again, b, steps=50, **options)
@@ -417,6 +417,25 @@ def test_block_lanczos_goes_on_where_it_stopped(tmp_path, stop_at):
         block_lanczos(2 * A, start, 3, checkpoint=file, **options)
     with pytest.raises(CurvatureError, match="another k"):
         block_lanczos(A, start, 2, checkpoint=file, **options)
+
+
+def test_what_is_half_done_is_not_saved(tmp_path, monkeypatch):
+    """Broken off while the state changes, the file stays as it was ten steps before."""
+    A, start, file = symmetric(torch.linspace(-1, 1, 200) ** 3), torch.randn(200), tmp_path / "run.pt"
+    whole, svd, calls = block_lanczos(A, start, 3), torch.linalg.svd, []
+
+    def interrupted(x):
+        calls.append(x)
+        if len(calls) == 27:
+            raise KeyboardInterrupt
+        return svd(x)
+
+    monkeypatch.setattr(torch.linalg, "svd", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        block_lanczos(A, start, 3, checkpoint=file)
+    found = block_lanczos(A, start, 3, checkpoint=file)
+    torch.testing.assert_close(found.values, whole.values)
+    assert len(calls) == whole.products + 7  # 20 of 27 were saved
 
 
 def test_progress_is_shown(capsys):

@@ -380,6 +380,17 @@ def test_float32():
     assert (diagonal(A, products=50).value - A.diagonal()).abs().max() < 0.05
 
 
+def test_every_long_estimate_shows_its_progress(capsys):
+    pytest.importorskip("tqdm")
+    A = decaying(80)
+    calls = [lambda m=m: trace(A, method=m, progress=True) for m in ("hutchinson", "hutch++", "xtrace")]
+    calls += [lambda m=m: diagonal(A, method=m, progress=True) for m in ("hutchinson", "xdiag")]
+    calls += [lambda: frobenius_norm(A, progress=True), lambda: density(A, steps=3, progress=True)]
+    for call in [*calls, lambda: eigenpairs(A, 2, progress=True)]:
+        call()
+        assert "it/s" in capsys.readouterr().err
+
+
 def test_refusals():
     A = torch.eye(5)
     for call in (

@@ -174,7 +174,8 @@ class _Run:
         """Keep the best Ritz vectors, about half, and the next rows behind them."""
         keep = min(self.size - self.most, self.k + (self.m - self.k) // 2)
         best, after = self.vectors[:, :keep], self.Q[self.m : self.m + self.width].clone()
-        self.Q[:keep] = best.T.to(self.Q) @ self.Q[: self.m]
+        for part in self.Q.split(1 << 16, dim=1):  # in place, without a second basis
+            part[:keep] = best.T.to(self.Q) @ part[: self.m]
         self.Q[keep : keep + self.width] = after
         self.T, self.coupling, self.m = self.values[:keep].diag(), self.coupling @ best, keep
 

@@ -26,7 +26,7 @@ class Krylov:
         basis: Q ``[P, k]``, or ``None`` where it was not kept.
         alpha, beta: the diagonal of T ``[k]`` and what stands beside it, β last ``[k]``; float64, on the host.
         length: ‖b‖.
-        products: with the operator.
+        products: with the operator, those before an interruption included.
         invariant: whether β vanished, so that all below is exact.
     """
 
@@ -213,8 +213,8 @@ class _Run:
         if not self.whole:
             return {}
         kept = min(len(self.alpha) + 1, len(self.basis))
-        converged = self.converged.clone()
-        return {"basis": self.basis[:kept].clone(), "alpha": self.alpha, "beta": self.beta, "converged": converged}
+        small = {"alpha": self.alpha, "beta": self.beta, "products": self.products}
+        return small | {"basis": self.basis[:kept].clone(), "converged": self.converged.clone()}
 
     def resume(self, state: dict[str, Any]) -> None:
         if not state or not state["alpha"]:
@@ -223,6 +223,7 @@ class _Run:
         kept = min(done + 1, len(self.basis))
         self.basis[:kept] = state["basis"][:kept]
         self.alpha, self.beta, self.converged = state["alpha"][:done], state["beta"][:done], state["converged"]
+        self.products = state["products"]
         self._same_operator(self.b / self.length)
 
     def _same_operator(self, first: Tensor) -> None:

@@ -38,7 +38,7 @@ def hutchinson_diagonal(
     return Estimate(mean, variance.sqrt(), products)
 
 
-def xdiag(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
+def xdiag(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0, progress: bool = False) -> Estimate:
     """A = QᵢQᵢᵀA + (I - QᵢQᵢᵀ)A: the diagonal of the first part exactly, of the second from zᵢ; the mean over i.
 
     m = ``products`` / 2 Rademacher vectors, Qᵢ a basis of the images of all but the i-th. Memory of 6 m vectors; exact
@@ -55,11 +55,11 @@ def xdiag(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) 
         raise CurvatureError(f"products={products}: four at least")
     m = products // 2
     Z = _independent(operator, m, seed)
-    Y = columns(operator, Z, chunk)
+    Y = columns(operator, Z, chunk, progress)
     Q, R = torch.linalg.qr(Y)
     U, S = leave_one_out(R)
     Q = Q @ U
-    AQ = columns(operator, Q, chunk)
+    AQ = columns(operator, Q, chunk, progress)
     left_out = Q @ S  # the direction that leaving column i out takes from Q
     # (I - QᵢQᵢᵀ) A zᵢ is the part of A zᵢ along it
     rest = Z * left_out * (left_out * Y).sum(0)

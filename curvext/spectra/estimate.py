@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from ..progress import shown
 
 PROBES = ("rademacher", "gaussian", "sphere")
 SALT = 0x5EED << 32  # the numbers of torch.manual_seed(seed) may be in the operator: these must be others
@@ -69,9 +70,9 @@ def _probe(operator: Any, n: int, kind: str, generator: torch.Generator) -> Tens
     return z * (n**0.5 / torch.linalg.vector_norm(z)) if kind == "sphere" else z
 
 
-def columns(operator: Any, Z: Tensor, chunk: int) -> Tensor:
+def columns(operator: Any, Z: Tensor, chunk: int, progress: bool = False) -> Tensor:
     """A Z, ``chunk`` columns at a time."""
-    return torch.cat([operator @ z for z in Z.split(chunk, dim=1)], 1)
+    return torch.cat([operator @ z for z in shown(Z.split(chunk, dim=1), progress, "products")], 1)
 
 
 def unknowns(operator: Any) -> int:

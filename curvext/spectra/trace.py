@@ -44,7 +44,7 @@ def hutchinson(
     return Estimate.mean(torch.cat([(z * (operator @ z)).sum(0) for z in work]), products)
 
 
-def hutch_pp(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
+def hutch_pp(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0, progress: bool = False) -> Estimate:
     """tr A = tr QᵀAQ + tr (I - QQᵀ)A(I - QQᵀ): Q spans a sketch of A's range, the rest is left to Hutchinson.
 
     A third of the products each for the sketch, for Q and for the rest; memory of ``products`` / 3 vectors. ``error``
@@ -54,8 +54,8 @@ def hutch_pp(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 
     """
     if products >= unknowns(operator):
         return _exact(operator, chunk)
-    Q, AQ, rest, used = split(operator, products, chunk, seed)
-    remainder = torch.cat([(z * (operator @ z)).sum(0) for z in rest])
+    Q, AQ, rest, used = split(operator, products, chunk, seed, progress)
+    remainder = torch.cat([(z * (operator @ z)).sum(0) for z in shown(rest, progress, "rest")])
     estimate = Estimate.mean(remainder, used + len(remainder))
     return Estimate(estimate.value + (Q * AQ).sum(), estimate.error, estimate.products)
 
@@ -65,17 +65,19 @@ def _exact(operator: Any, chunk: int) -> Estimate:
     return Estimate(total, torch.zeros_like(total), operator.shape[0])
 
 
-def split(operator: Any, products: int, chunk: int, seed: int) -> tuple[Tensor, Tensor, list[Tensor], int]:
+def split(
+    operator: Any, products: int, chunk: int, seed: int, progress: bool = False
+) -> tuple[Tensor, Tensor, list[Tensor], int]:
     """An orthonormal sketch of the range, its product, random vectors orthogonal to it, and products used."""
     rank = products // 3
     if rank < 1:
         raise CurvatureError(f"products={products}: three at least")
-    Q = torch.linalg.qr(columns(operator, probes(operator, rank, seed=seed), chunk)).Q
+    Q = torch.linalg.qr(columns(operator, probes(operator, rank, seed=seed), chunk, progress)).Q
     rest = batches(operator, max(2, products - 2 * rank), chunk, seed=seed + 1)
-    return Q, columns(operator, Q, chunk), [z - Q @ (Q.T @ z) for z in rest], 2 * rank
+    return Q, columns(operator, Q, chunk, progress), [z - Q @ (Q.T @ z) for z in rest], 2 * rank
 
 
-def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0) -> Estimate:
+def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0, progress: bool = False) -> Estimate:
     """Hutch++ with every random vector used for both of its parts: the mean over i of
 
         tr QᵢᵀAQᵢ + (P - m + 1) εᵢᵀAεᵢ / ‖εᵢ‖²,      εᵢ = (I - QᵢQᵢᵀ) zᵢ,
@@ -93,11 +95,11 @@ def xtrace(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0)
     if m < 2:
         raise CurvatureError(f"products={products}: four at least")
     Z = probes(operator, m, "sphere", seed)
-    Y = columns(operator, Z, chunk)
+    Y = columns(operator, Z, chunk, progress)
     Q, R = torch.linalg.qr(Y)
     U, S = leave_one_out(R)
     Q = Q @ U
-    AQ = columns(operator, Q, chunk)
+    AQ = columns(operator, Q, chunk, progress)
     coordinates = Q.T @ Z
     coordinates -= S * (S * coordinates).sum(0)  # of QᵢQᵢᵀ zᵢ
     ε, Aε = Z.sub_(Q @ coordinates), Y.sub_(AQ @ coordinates)
