@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..errors import CurvatureError
 from ..graph import Graph
+from ..hessians import tracing
 from ..rules.default import MISTAKEN, quiet_vmap
 from ..samples import Samples, masked
 from .base import Target, WholeGraph
@@ -51,12 +52,12 @@ class DiagHessian(WholeGraph):
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
         what = type(self).__name__
         refuse_mistaken(loss, what)
-        if not self.products:
+        if not self.products and not tracing():
             size = sum(t.numel() for t in targets)
             try:
                 return swept(loss, scale, targets, lambda v, entries: v < size and entries < LARGEST, self._read)
-            except CurvatureError:
-                pass
+            except RuntimeError:
+                pass  # a CurvatureError, or the graph cannot be passed twice, of which products say more
         with differentiated_twice(what):
             return self._by_products(loss, scale, targets)
 
