@@ -96,8 +96,7 @@ class Factor(Wave):
     an empty one is zero, below the loss.
 
     Args:
-        kind: ``"fewest"`` columns or ``"columns"``, one for every output, both exact; ``"draws"``: random ones;
-            ``"identity"``: the Jacobian's.
+        kind: ``"fewest"`` columns or ``"columns"``, one for every output, both exact; ``"draws"``: random ones.
         draws: how many, if random.
         within: these columns only; what no sample owns is not divided, and comes with the first of them.
     """
