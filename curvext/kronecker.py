@@ -9,7 +9,7 @@ semi-definite.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -158,6 +158,19 @@ class Kronecker(Block):
             raise ValueError(f"Kronecker: expected factors [d], [d, d] or [G, d, d] with one G, got {shapes}")
         object.__setattr__(self, "factors", tuple(self.factors))
         object.__setattr__(self, "like", tuple(self.like) or self.dims[self.dims[0] == 1 :])
+
+    @classmethod
+    def later(cls, make: Callable[[], Sequence[Tensor]], like: tuple[int, ...], bias_along: int | None) -> Kronecker:
+        """One whose factors are made when they are first asked for."""
+        made = object.__new__(cls)
+        made.__dict__.update(_make=make, like=like, bias_along=bias_along)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "factors":
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.__dict__["factors"] = tuple(self.__dict__.pop("_make")())
+        return self.factors
 
     @property
     def dims(self) -> tuple[int, ...]:

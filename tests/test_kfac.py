@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -523,6 +526,16 @@ def test_penalty_on_the_weights():
     model, x, y = nn.Linear(4, 3), torch.randn(N, 4), classes(N)
     with pytest.raises(CurvatureError, match="KFLR: a term of the loss that no sample owns"):
         swept(model, lambda: F.cross_entropy(model(x), y) + model.weight.square().sum())
+
+
+def test_copies():
+    """A model can be copied and pickled with its matrices, made already or not."""
+    model, x, y = nn.Sequential(nn.Linear(4, 3)), torch.randn(N, 4), classes(N)
+    swept(model, lambda: F.cross_entropy(model(x), y))
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for other in (*copies, copy.deepcopy(model)):
+        near(other[0].kflr.dense(), model[0].kflr.dense())
+        near(other[0].kflr.factors[1], factors(torch.zeros(1, N, 1, 3), with_one(x).unsqueeze(1))[1])
 
 
 def test_bad_options():

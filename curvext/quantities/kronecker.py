@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +36,12 @@ SETTINGS = ("expand", "reduce")
 
 @dataclass(frozen=True)
 class Sums:
-    """What the two factors of a linear map's weight are made of, in a form that adds up.
+    """The two factors of a linear map's weight, and what else is needed to add them up and to append a bias.
 
     Args:
         out: Σ s sᵀ, ``[G, O, O]``.
-        inputs: Σ x xᵀ, ``[G, I, I]``, or its diagonal ``[I]``.
-        first: Σ x, ``[G, I]``.
+        inputs: the mean of x xᵀ, ``[G, I, I]``, or its diagonal ``[I]``.
+        first: the mean of x, ``[G, I]``.
         count: the number of x.
         flipped: whether the input's features come first in the weight.
     """
@@ -54,15 +55,14 @@ class Sums:
     def __add__(self, other: Any) -> Sums:
         if not isinstance(other, Sums) or (self.flipped, self.out.shape) != (other.flipped, other.out.shape):
             raise _mixed()
-        added = {k: getattr(self, k) + getattr(other, k) for k in ("out", "inputs", "first", "count")}
-        return replace(self, **added)
-
-    __radd__ = __add__
+        count = self.count + other.count
+        means = [torch.lerp(getattr(self, k), getattr(other, k), other.count / count) for k in ("inputs", "first")]
+        return Sums(self.out + other.out, *means, count, self.flipped)
 
     def factors(self, bias: bool = False) -> list[Tensor]:
         """In the order of the weight's entries; with a bias, the input has a last feature 1."""
-        inputs = self._with_one() if bias else self.inputs
-        out, inputs = [f.squeeze(0) if f.dim() == 3 else f for f in (self.out, inputs / self.count)]
+        pair = self.out, self._with_one() if bias else self.inputs
+        out, inputs = [f.squeeze(0) if f.dim() == 3 else f for f in pair]
         return [inputs, out] if self.flipped else [out, inputs]
 
     def joint(self, weight: Any, bias: Any) -> Kronecker | None:
@@ -72,12 +72,14 @@ class Sums:
             return Kronecker(tuple(self.factors()), shape)
         if bias.numel() != self.out.shape[:2].numel():  # a transposed convolution adds up its outputs before the bias
             return None
-        return Kronecker(tuple(self.factors(True)), shape, 1 if self.flipped else 2)
+        return Kronecker.later(partial(self.factors, True), shape, 1 if self.flipped else 2)
 
     def _with_one(self) -> Tensor:
-        first = self.first.unsqueeze(-1)
-        corner = first.new_full((len(first), 1, 1), self.count)
-        return torch.cat([torch.cat([self.inputs, first], 2), torch.cat([first.mT, corner], 2)], 1)
+        groups, size = self.first.shape
+        joint = self.inputs.new_ones(groups, size + 1, size + 1)
+        joint[:, :size, :size] = self.inputs
+        joint[:, :size, size] = joint[:, size, :size] = self.first
+        return joint
 
 
 def _mixed() -> CurvatureError:
@@ -99,11 +101,19 @@ def sums(part: Outer | Rows, setting: str, other: Outer | Rows | None = None) ->
         t = part.s.shape[2] if reduce else 1
         ones = replace(part, s=torch.ones_like(part.s[:1, ..., :1]), shape=(part.shape[0], 1))
         uses = wide((ones.squares() if reduce else ones.sums()[0]).squeeze(1)) / t**2
-        return Sums(out, uses, uses, n if reduce else part.index.numel(), True)
+        count = n if reduce else part.index.numel()
+        return Sums(out, uses / count, uses / count, count, True)
     x = wide(part.x)
     x = (x.mean(2, keepdim=True) if reduce else x).transpose(0, 1).flatten(1, 2)
-    inputs = x.mT @ x if len(x) > 1 else (x[0].mT @ x[0]).unsqueeze(0)
-    return Sums(out, inputs, x.sum(1), x.shape[1], part.flipped)
+    return Sums(out, _mean_gram(x), x.mean(1), x.shape[1], part.flipped)
+
+
+def _mean_gram(x: Tensor) -> Tensor:
+    """The mean of x xᵀ over the rows of ``[G, M, I]``."""
+    options = {"beta": 0, "alpha": 1 / max(1, x.shape[1])}
+    if len(x) > 1:
+        return torch.baddbmm(x.new_zeros(1, 1, 1), x.mT, x, **options)
+    return torch.addmm(x.new_zeros(1, 1), x[0].mT, x[0], **options).unsqueeze(0)
 
 
 def _gram(a: Outer | Rows, b: Outer | Rows, reduce: bool) -> Tensor:
