@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .columns import indivisible, reads_columns
 from .diagonal import pass_diagonal
 from .errors import CurvatureError
 from .extend import extend
@@ -21,9 +22,9 @@ from .quantities import Quantity
 from .rules.default import default
 from .selection import Model
 from .sweep import Settings
-
 from .testing_factor import check_columns, check_readings
 from .testing_operators import check_operator
+
 EXACT = 1 << 40
 
 
@@ -161,13 +162,18 @@ def check_quantity(
     loss: Callable[[], Tensor],
     rtol: float = 1e-8,
     atol: float = 1e-10,
-) -> dict[str, Tensor]:
+    **options: Any,
+) -> dict[str, Any]:
     """Compare a quantity computed with the registered rules with the same quantity by the default alone.
+
+    If it reads the factor wave and has ``join``, also with columns that are carried one by one. A result must not
+    depend on which columns with Σᵥ Sᵥ Sᵥᵀ = B they are (so :class:`~curvext.SqrtGGNExact` fails), nor be random.
 
     Args:
         quantity: the quantity.
         model: what ``extend`` takes; small, in float64.
-        loss: closure that returns the loss; called twice, so it must be deterministic.
+        loss: closure that returns the loss; called several times, so it must be deterministic.
+        options: of ``extend``, such as ``samples``.
 
     Returns:
         The results, by parameter name.
@@ -175,20 +181,22 @@ def check_quantity(
     Raises:
         AssertionError: naming the parameter whose results differ.
     """
-    results: list[Any] = []
-    for rules in (True, False):
-        with extend(model, quantity, enumerate_up_to=EXACT) as curvature:
-            value = loss()
-            if rules:
-                value.backward()
-            else:
-                with without_rules():
-                    value.backward()
-        results.append(curvature[quantity.savefield])
-    got, want = results
-    assert got.keys() == want.keys(), f"results for {sorted(got)} with rules, for {sorted(want)} without"
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=_after(f"{quantity} of {name}:"))
+
+    def results(**more: Any) -> dict[str, Any]:
+        with extend(model, quantity, enumerate_up_to=EXACT, **options, **more) as curvature:
+            loss().backward()
+        return dict(curvature[quantity.savefield])
+
+    got = results()
+    with without_rules():
+        others = {"without rules": results()}
+    if reads_columns(quantity) and not indivisible(quantity):
+        others["columns one by one"] = results(max_memory=1)
+    for how, want in others.items():
+        assert got.keys() == want.keys(), f"results for {sorted(got)}, and for {sorted(want)} {how}"
+        for name in want:
+            context = _after(f"{quantity} of {name}, against {how}:")
+            torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=context)
     return got
 
 
