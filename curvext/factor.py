@@ -23,7 +23,7 @@ from .errors import CurvatureError
 from .graph import Operation
 from .persample import Dense, PerSample
 from .rules.default import UNBATCHED, quiet_vmap
-from .samples import BATCH, Axis, front, masked
+from .samples import BATCH, Axis, apart, masked
 
 Columns = Sequence[Tensor | None]
 
@@ -204,12 +204,8 @@ def mixes(op: Operation) -> bool:
 
 def _summed(op: Operation, raw: Tensor, axis: Axis, i: int, n: int) -> Dense:
     """Products of the output's shape, summed over what was broadcast, but not over samples."""
-    if raw.dtype != op.inputs[i].dtype:
-        raw = raw.to(op.inputs[i].dtype)
-    shape = list(op.inputs[i].shape)
-    padded = [1] * (raw.dim() - 1 - len(shape)) + shape
-    split = front(raw, axis, n, 1)  # [V, N, *output's shape, the axis without its samples]
-    return Dense(split.sum_to_size([*split.shape[:2], *padded]).reshape(*split.shape[:2], *shape))
+    meta = op.inputs[i]
+    return Dense(apart(raw if raw.dtype == meta.dtype else raw.to(meta.dtype), axis, n, meta.shape))
 
 
 def _shared(op: Operation, values: Sequence[PerSample | None]) -> dict[int, PerSample]:

@@ -70,6 +70,13 @@ def masked(columns: Tensor, axis: Axis, n: int, samples: slice = slice(None)) ->
     return torch.where(mine == every, columns.unsqueeze(1), columns.new_zeros(()))
 
 
+def apart(products: Tensor, axis: Axis, n: int, shape: Sequence[int]) -> Tensor:
+    """Products ``[V, *output]`` summed to the ``shape`` that was broadcast, samples apart: ``[V, N, *shape]``."""
+    split = front(products, axis, n, 1)
+    padded = [1] * (products.dim() - 1 - len(shape)) + list(shape)
+    return split.sum_to_size([*split.shape[:2], *padded]).reshape(*split.shape[:2], *shape)
+
+
 class Samples:
     """The axis of every tensor that matters, for one loss.
 

@@ -10,6 +10,7 @@ cost of the gradient. Without the mean (RMS norm, weight norm) the terms 1/d and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..graph import Operation
+from ..persample import Dense, PerSample
 from ..registry import rule
+from ..samples import apart
 
 Waves = tuple[Tensor | None, Tensor | None, Tensor | None]
 Dims = list[int] | tuple[int, ...]
@@ -218,3 +221,73 @@ def weight_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> tuple[Tens
     w = None if h is None else h * op.g.square()
     wave = normalized(vhat, rstd, w, None if g is None else g * op.g, dims, 1, centred=False) if op.needs[0] else None
     return wave, (None if h is None else h * vhat.square())
+
+
+ROWS = ("NativeLayerNormBackward0", "FusedRmsNormBackward0")
+BATCHES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
+CHANNELS = ("NativeGroupNormBackward0", *BATCHES)
+
+
+@rule("NativeLayerNormBackward0", wave="factor")
+def layer_norm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """S_x by the kernel of the backward pass, of all columns in one batch."""
+    if any(wanted[1:]):
+        return None
+    shape = op.normalized_shape
+    x, mean, rstd = (_every(t, len(s), t.shape[t.dim() - len(shape) :]) for t in (op.input, op.result1, op.result2))
+    settings = (shape, mean, rstd, op.weight, op.bias, [True, False, False])
+    found = torch.ops.aten.native_layer_norm_backward(s.reshape(x.shape), x, *settings)
+    return found[0].view(s.shape), None, None
+
+
+@rule("NativeGroupNormBackward0", wave="factor")
+def group_norm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """S_x by the kernel of the backward pass, of all columns in one batch."""
+    if any(wanted[1:]):
+        return None
+    x, mean, rstd = (_every(t, len(s), t.shape[1:]) for t in (op.input, op.result1, op.result2))
+    settings = (mean, rstd, op.weight, len(s) * op.N, op.C, op.HxW, op.group, [True, False, False])
+    found = torch.ops.aten.native_group_norm_backward(s.reshape(x.shape).contiguous(), x, *settings)
+    return found[0].view(s.shape), None, None
+
+
+def _every(t: Tensor, v: int, inner: Sequence[int]) -> Tensor:
+    """The same for each of V columns, ``[V·*, *inner]``, contiguous, as kernels take it to be."""
+    return t.expand(v, *t.shape).reshape(-1, *inner).contiguous()
+
+
+@rule(*BATCHES, wave="factor")
+def batch_norm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
+    """With running statistics S_x = γ S/σ; with those of the batch it is left to the node."""
+    if any(wanted[1:]) or op.result1.numel():
+        return None
+    rstd = (op.running_var + op.eps).rsqrt()
+    return s * _per_channel(rstd if op.weight is None else rstd * op.weight, op.input), None, None
+
+
+@rule(*ROWS, *CHANNELS, wave="shared")
+def normalization_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """γ gets Σ S x̂ over a sample's positions, β gets Σ S."""
+    axis, n, channels = op.axes_out[0], op.n_samples, op.name in CHANNELS
+    if wanted[0] or (channels and axis.dim == 1):
+        return {}
+    found: dict[int, PerSample] = {}
+    for i, want in enumerate(wanted):
+        if want:
+            shape = op.inputs[i].shape
+            along = (*shape, *[1] * (s.dim() - 3)) if channels else shape
+            found[i] = Dense(apart(s * _xhat(op) if i == 1 else s, axis, n, along).view(len(s), -1, *shape))
+    return found
+
+
+def _xhat(op: Operation) -> Tensor:
+    """(x - μ)/σ, or x/σ."""
+    x = op.input
+    if op.name in ROWS:
+        return x * op.result1 if op.name == "FusedRmsNormBackward0" else (x - op.result1) * op.result2
+    if op.name == "NativeGroupNormBackward0":
+        mean, rstd = (t.view(*t.shape, 1, 1) for t in (op.result1, op.result2))
+        return ((x.reshape(op.N, op.group, -1, op.HxW) - mean) * rstd).view(x.shape)
+    trained = op.result1.numel() > 0
+    mean, rstd = (op.result1, op.result2) if trained else (op.running_mean, (op.running_var + op.eps).rsqrt())
+    return (x - _per_channel(mean, x)) * _per_channel(rstd, x)
