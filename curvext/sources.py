@@ -35,6 +35,8 @@ def joint(op: Operation) -> list[list[int]]:
 
 def may_start(op: Operation) -> bool:
     """Whether the gradient is needed to tell if an operation is nonlinear in its inputs, taken together."""
+    if op.name == "ConvolutionBackward0" and not op.needs[0]:
+        return False  # its weight and its bias are added up
     return not op.above and (bends(op) or (len(op.edges) > 1 and len(joint(op)) > 1))
 
 

@@ -395,6 +395,15 @@ class TestSilentErrors:
             v = torch.randn(2, *p.shape)
             torch.testing.assert_close(p.pchmp(v), p.hmp(v))
 
+    def test_a_first_convolution_with_many_weights_bends_nothing(self):
+        model = extend(nn.Sequential(nn.Conv2d(65, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)))
+        x = torch.randn(N, 65, 1, 1)
+        with backpack(PCHMP(), HMP()):
+            F.cross_entropy(model(x), torch.randint(0, 3, (N,))).backward()
+        for p in model.parameters():
+            v = torch.randn(2, *p.shape)
+            torch.testing.assert_close(p.pchmp(v), p.hmp(v))
+
     def test_kronecker_factors_of_convolutions(self):
         conv, head = nn.Conv2d(2, 3, 2), nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(27, 3))
         x, y = torch.randn(N, 2, 4, 4), torch.randint(0, 3, (N,))
