@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import common
@@ -64,6 +64,7 @@ def graph_of_gradient(model: nn.Module, loss: nn.Module, data: tuple[Tensor, Ten
         return torch.autograd.grad(loss(model(data[0]), data[1]), list(model.parameters()), create_graph=True)
 
 
+@cache
 def curvlinops() -> Mapping[str, Any]:
     """Its operators, if it can be imported."""
     try:

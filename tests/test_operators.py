@@ -93,6 +93,7 @@ DERIVED = {
     "kernel": lambda: (j := jacobian()) @ j.T,
     "Gauss-Newton of the Jacobian": lambda: (j := jacobian()).T @ j / 3,
     "block": lambda: curvature(Hessian).block("0"),
+    "block of some parameters": lambda: Dense(positive(10), SPACE, symmetric=True).block("[ab]"),
     "block off the diagonal": lambda: curvature(Hessian).block("*.weight", ["0.bias", "4"]),
     "converted": lambda: STRUCTURED["dense"]().to(torch.float32).to(torch.float64),
     "inverse": lambda: STRUCTURED["dense"]().inverse(0.3),
@@ -178,6 +179,14 @@ class TestBlocks:
     def test_in_the_form_of_parameters(self):
         block = Dense(torch.randn(10, 10), SPACE).block("b", "a")
         assert (block @ {"a": torch.ones(2, 3)})["b"].shape == (3,)
+
+    def test_of_curvature(self):
+        for kind in (Hessian, EmpiricalFisher):
+            operator = curvature(kind)
+            dense, (_, places) = operator.to_dense(), operator.domain.part(["0", "4.bias"])
+            near(operator.block(["0", "4.bias"]).to_dense(), dense[places][:, places])
+            near(operator.block("4", "0").to_dense(), dense[-21:, :25])
+            near(operator.to_dense(), dense)
 
     def test_no_match(self):
         with raises(ValueError, match="matches"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -137,6 +138,17 @@ class Curvature(OverData):
         The closure is called once, and again after the parameters have changed.
         """
         return cls(None, Closure(closure), (None, None), parameters=parameters, **options)
+
+    def block(self, rows: str | Sequence[str], columns: str | Sequence[str] | None = None) -> Operator:
+        """See :meth:`Operator.block`; a diagonal block costs what its own parameters cost."""
+        if columns is not None and columns != rows:
+            return super().block(rows, columns)
+        part = copy.copy(self)
+        part.space, _ = self.space.part(rows)
+        part.parameters = {name: self.parameters[name] for name in part.space.shapes}
+        part.domain = part.image = part.space
+        part.shape, part._kept = (part.space.size, part.space.size), []
+        return part
 
     def _check(self) -> None:
         """See ``check``."""
