@@ -48,6 +48,7 @@ docs: $(VENV)/.test ## regenerate docs/support.md and docs/operators.md and run 
 bench: $(VENV)/.test ## cost and quality benchmarks; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/hesscale_cost.py
 	$(BIN)/python benchmarks/hesscale_quality.py
+	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/backpack_cost.py
 	$(BIN)/python benchmarks/backpack_cost.py --docs
 
