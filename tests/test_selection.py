@@ -53,7 +53,7 @@ WHERE = [
 ]
 
 
-@pytest.mark.parametrize(("where", "names"), WHERE, ids=[str(where) for where, _ in WHERE])
+@pytest.mark.parametrize(("where", "names"), WHERE, ids=range(len(WHERE)))
 @pytest.mark.parametrize("how", ["block", "quantity"])
 def test_where(net, where, names, how):
     if how == "block":
@@ -126,7 +126,7 @@ def test_names_of_tensors_without_a_module():
         extend([w, b], BatchL2Grad(), only=nn.Linear)
 
 
-@pytest.mark.parametrize("where", ["fc2", nn.Conv2d, [], lambda name, p: False], ids=str)
+@pytest.mark.parametrize("where", ["fc2", nn.Conv2d, [], lambda name, p: False], ids=["name", "class", "empty", "predicate"])
 def test_a_selection_of_nothing(net, where):
     with pytest.raises(ValueError, match=r"matches none of the 7 tensors, such as 'scale'"):
         extend(net, BatchL2Grad(), only=where)
