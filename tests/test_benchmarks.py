@@ -149,3 +149,14 @@ class TestBackpack:
     def test_the_table_in_the_docs_is_generated(self, script):
         kept = script.kept(script.common.RESULTS / "backpack.json")
         assert script.PAGE.read_text(encoding="utf-8") == script.page(kept), "run benchmarks/backpack_cost.py --docs"
+
+
+def test_operators(tmp_path, capsys, monkeypatch):
+    operators = importlib.import_module("operators")
+    monkeypatch.setattr(operators, "curvlinops", dict)  # whether it is installed or not
+    name = "MLP 784-512-256-10"
+    results = operators.main(["--quick", "--models", name, "--output", str(tmp_path / "operators.json")])
+    assert json.loads((tmp_path / "operators.json").read_text())["models"].keys() == {name}
+    assert set(results["models"][name]) == {"products", "twenty", "columns", "memory"}
+    assert results["density"]["none"]["products"] == 2
+    assert "GaussNewton" in capsys.readouterr().out
