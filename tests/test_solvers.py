@@ -379,6 +379,30 @@ def test_float32_stays_float32():
     torch.testing.assert_close(found.values, torch.linalg.eigvalsh(A).flip(0)[:3])
 
 
+def test_nothing_keeps_a_graph():
+    A, b = symmetric(torch.linspace(1, 2, 30)).requires_grad_(), torch.randn(30, requires_grad=True)
+    calls = [cg, minres, lsmr, neumann, lambda *a: saddle_free(*a, damping=0.1, steps=5)]
+    calls += [lambda *a: saddle_free(*a, damping=0.1, two_passes=True), lambda *a: saddle_free_series(*a, damping=0.1)]
+    calls += [lambda *a: cg(*a, x0=b, preconditioner=b.abs()), lambda *a: cg(*a, preconditioner=A)]
+    for call in calls:
+        found = call(A, b)
+        assert not (found.x.requires_grad or found.residuals.requires_grad)
+    assert not lanczos(A, b, steps=3).basis.requires_grad
+    assert not block_lanczos(A, b, 2).vectors.requires_grad
+
+
+def test_products_of_the_wrong_shape_are_refused():
+    class Column:
+        shape = (3, 3)
+
+        def __matmul__(self, v):
+            return v[:, None]
+
+    for call in (cg, minres, lambda A, b: lanczos(A, b, steps=2)):
+        with pytest.raises(CurvatureError, match=r"gave one of shape \(3, 1\)"):
+            call(Column(), torch.ones(3))
+
+
 # going on after an interruption
 
 

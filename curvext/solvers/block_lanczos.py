@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import Checkpoint, shown
-from .solution import check
+from .solution import check, times
 
 ENDS = ("largest", "smallest", "both", "magnitude")
 
@@ -76,7 +76,7 @@ def block_lanczos(
     Stewart, A Krylov-Schur algorithm for large eigenproblems, 2001.
     """
     start = start.unsqueeze(1) if start.dim() == 1 else start
-    check(operator, start, columns=True)
+    start = check(operator, start, columns=True)
     P, b = start.shape
     wanted = 2 * k if which == "both" else k
     if which not in ENDS or not 0 < wanted <= P or not 0 < b <= P:
@@ -123,7 +123,7 @@ class _Run:
     def step(self) -> None:
         """Multiply the next rows, orthogonalise what comes out, and take it as the next."""
         Q = self.Q[: self.m + self.width]
-        W = (self.operator @ Q[self.m :].T).T
+        W = times(self.operator, Q[self.m :].T).T
         self.products += self.width
         T = W @ Q.T
         W = W - T @ Q
@@ -213,7 +213,7 @@ class _Run:
         self.T, self.coupling = _host(state["T"]), _host(state["coupling"])
         self._diagonalise()
         self.products = state["products"] + 1
-        product = self.operator @ self.Q[0]
+        product = times(self.operator, self.Q[0])
         away = abs(float(self.Q[0] @ product) - float(self.T[0, 0]))
         if not away <= torch.finfo(product.dtype).eps ** 0.5 * float(torch.linalg.vector_norm(product)):
             raise CurvatureError("the checkpoint belongs to another operator: a product differs")

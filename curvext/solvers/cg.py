@@ -82,11 +82,11 @@ def cg(
 
     Sources: Nocedal and Wright, Numerical Optimization, algorithms 5.3 and 7.1; Martens 2010.
     """
-    check(operator, b, columns=True)
+    b = check(operator, b, columns=True)
     if negative not in ("stop", "absolute"):
         raise CurvatureError(f"negative={negative!r}: give 'stop' or 'absolute'")
     product, precondition = damped(operator, damping), preconditioned(preconditioner, b)
-    x = torch.zeros_like(b) if x0 is None else x0.to(b).clone()
+    x = torch.zeros_like(b) if x0 is None else x0.detach().to(b).clone()
     r = b if x0 is None else b - product(x)
     run = _Run(b, x, r, precondition(r), tolerance * norm(b), negative == "absolute")
     step, limit, iterates = 0, len(b) if steps is None else steps, {0: x}

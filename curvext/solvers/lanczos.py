@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import Checkpoint, shown
-from .solution import check
+from .solution import check, times
 
 Function = Callable[[Tensor], Tensor]
 
@@ -112,7 +112,7 @@ def lanczos(
 
     Source: G. Golub and C. Van Loan, Matrix Computations, chapter 10.
     """
-    check(operator, b)
+    b = check(operator, b)
     if reorthogonalize not in ("full", "selective", "none") or (not keep and reorthogonalize != "none"):
         raise CurvatureError(
             f"reorthogonalize={reorthogonalize!r}, keep={keep}: 'full', 'selective' or 'none', and 'none' if not kept"
@@ -132,7 +132,7 @@ def replay(operator: Any, b: Tensor, krylov: Krylov) -> Iterator[Tensor]:
     before, q = torch.zeros_like(b), b / krylov.length
     for k in range(len(alpha)):
         if k:
-            w = operator @ q - (beta[k - 2] * before if k > 1 else 0)
+            w = times(operator, q) - (beta[k - 2] * before if k > 1 else 0)
             before, q = q, (w - alpha[k - 1] * q) / beta[k - 1]
         yield q
 
@@ -161,7 +161,7 @@ class _Run:
     def step(self) -> None:
         k = len(self.alpha)
         q, before = self._row(k), self._row(k - 1)
-        w = self.operator @ q
+        w = times(self.operator, q)
         self.products += 1
         if k:
             w = w - self.beta[-1] * before
@@ -227,7 +227,7 @@ class _Run:
         self._same_operator(self.b / self.length)
 
     def _same_operator(self, first: Tensor) -> None:
-        product = self.operator @ first
+        product = times(self.operator, first)
         self.products += 1
         away = abs(float(first @ product) - self.alpha[0])
         if not away <= torch.finfo(first.dtype).eps ** 0.5 * float(torch.linalg.vector_norm(product)):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .solution import Solution, check
+from .solution import Solution, check, times
 
 
 def lsmr(
@@ -29,15 +29,15 @@ def lsmr(
 
     Source: D. Fong and M. Saunders, LSMR: an iterative algorithm for sparse least-squares problems, 2011.
     """
-    check(operator, b, square=False)
+    b = check(operator, b, square=False)
     adjoint = operator.T
     u, beta = _unit(b)
-    v, alpha = _unit(adjoint @ u)
+    v, alpha = _unit(times(adjoint, u))
     run = _Rotations(v, alpha, beta, damping)
     reason, limit = run.reason(tolerance), 4 * max(operator.shape) if steps is None else steps
     while not reason and len(run.residuals) <= limit:
-        u, beta = _unit(operator @ v - alpha * u)
-        v, alpha = _unit(adjoint @ u - beta * v)
+        u, beta = _unit(times(operator, v) - alpha * u)
+        v, alpha = _unit(times(adjoint, u) - beta * v)
         run.advance(v, alpha, beta)
         reason = run.reason(tolerance)
     products = 2 * len(run.residuals) - 1

@@ -37,7 +37,7 @@ def minres(
 
     Source: C. Paige and M. Saunders, Solution of sparse indefinite systems of linear equations, 1975.
     """
-    check(operator, b)
+    b = check(operator, b)
     product, precondition = damped(operator, damping), preconditioned(preconditioner, b)
     y, before, now = precondition(b), torch.zeros_like(b), b
     first = beta = _length(b, y)

@@ -37,7 +37,7 @@ def neumann(
         tolerance: ends with ‖b - (A + δ I) x‖ <= tolerance ‖b‖ for every column; ``converged`` tells whether it did.
         steps: terms at most.
     """
-    check(operator, b, columns=True)
+    b = check(operator, b, columns=True)
     if steps < 1:
         raise CurvatureError("neumann: at least one term")
     product, precondition = damped(operator, damping), preconditioned(preconditioner, b)

@@ -57,6 +57,7 @@ def saddle_free(
     """
     if damping <= 0:
         raise CurvatureError(f"saddle_free: damping={damping}, but |A| may be singular; give a positive one")
+    b = b.detach()
     how = "none" if two_passes else reorthogonalize
     krylov = lanczos(operator, b, steps=steps, reorthogonalize=how, keep=not two_passes)
 

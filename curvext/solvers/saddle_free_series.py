@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
-from .solution import Solution, check, norm
+from .solution import Solution, check, norm, times
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ def saddle_free_series(
     Source: E. Oldewage, R. Clarke, J. M. Hernández-Lobato, Series of Hessian-vector products for tractable saddle-free
     Newton optimisation of neural networks, 2023. The coefficients are computed so that they are right for every δ.
     """
-    check(operator, b)
+    b = check(operator, b)
     if terms < 2 * order + 1 or damping < 0:
         raise CurvatureError(f"terms={terms} of order={order} with damping={damping}: terms > 2 order and damping >= 0")
     if not bool(b.any()):
         return SeriesSolution(b, norm(b)[None], True, 0, "tolerance", scale=scale)
     square, V = None, scale * decay if adapt else scale
     if terms > 1:
-        square = operator @ (operator @ b)
+        square = times(operator, times(operator, b))
         V = max(V, float(norm(square) / norm(b))) if adapt else V
     weights = [c / math.sqrt(V) for c in coefficients(damping / math.sqrt(V), terms)]
     v, sums, sizes, ratios = b, [weights[0] * b], [weights[0] * norm(b)], []
     for weight in weights[1:]:
-        square = operator @ (operator @ v) if square is None else square
+        square = times(operator, times(operator, v)) if square is None else square
         ratios.append(norm(square) / norm(v))
         v, square = v - square / V, None
         sums = [*sums[-2 * order :], sums[-1] + weight * v] if order else [sums[-1] + weight * v]

@@ -44,8 +44,8 @@ class Solution:
         return len(self.residuals) - 1
 
 
-def check(operator: Any, b: Tensor, columns: bool = False, square: bool = True) -> None:
-    """Refuse an operator and a right-hand side that do not fit."""
+def check(operator: Any, b: Tensor, columns: bool = False, square: bool = True) -> Tensor:
+    """b without its graph; refuse an operator and a right-hand side that do not fit."""
     m, n = operator.shape
     if square and m != n:
         raise CurvatureError(f"a symmetric operator is needed, not one of shape ({m}, {n}); lsmr takes any")
@@ -54,11 +54,23 @@ def check(operator: Any, b: Tensor, columns: bool = False, square: bool = True) 
         raise CurvatureError(f"an operator of shape ({m}, {n}) and {takes}: got a tensor of shape {tuple(b.shape)}")
     if not b.is_floating_point():
         raise CurvatureError(f"a real floating point vector is needed, not {b.dtype}")
+    return b.detach()
+
+
+def times(operator: Any, v: Tensor) -> Tensor:
+    """A v without its graph, so that a long run does not keep all of its past alive."""
+    product: Tensor = (operator @ v).detach()
+    if product.shape[1:] != v.shape[1:]:
+        raise CurvatureError(
+            f"the operator @ a tensor of shape {tuple(v.shape)} gave one of shape {tuple(product.shape)}; "
+            "a vector [P] is to give a vector, columns [P, K] columns"
+        )
+    return product
 
 
 def damped(operator: Any, damping: float) -> Callable[[Tensor], Tensor]:
     """v -> (A + δ I) v."""
-    return lambda v: operator @ v + damping * v if damping else operator @ v
+    return lambda v: times(operator, v) + damping * v if damping else times(operator, v)
 
 
 def preconditioned(preconditioner: Any, b: Tensor) -> Callable[[Tensor], Tensor]:
@@ -67,9 +79,9 @@ def preconditioned(preconditioner: Any, b: Tensor) -> Callable[[Tensor], Tensor]
         return lambda r: r
     n = b.shape[0]
     if tuple(preconditioner.shape) == (n, n):
-        return lambda r: preconditioner @ r
+        return lambda r: times(preconditioner, r)
     if isinstance(preconditioner, Tensor) and preconditioner.shape == (n,):
-        diagonal = preconditioner.unsqueeze(1) if b.dim() == 2 else preconditioner
+        diagonal = preconditioner.detach().unsqueeze(1) if b.dim() == 2 else preconditioner.detach()
         return lambda r: diagonal * r
     raise CurvatureError(
         f"a preconditioner of shape {tuple(preconditioner.shape)} for {n} unknowns: give an operator or a matrix "

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 from ..progress import Checkpoint, shown
 from ..solvers.lanczos import Krylov, lanczos
+from ..solvers.solution import times
 from .estimate import Estimate, batches
 
 
@@ -152,7 +153,7 @@ def _probe(operator: Any, z: Tensor, steps: int, reorthogonalize: str, checkpoin
 def _same_operator(operator: Any, z: Tensor, mean: Tensor) -> None:
     """One product tells whether a checkpoint's first quadrature, whose mean is zᵀAz / zᵀz, is this operator's."""
     q = z / torch.linalg.vector_norm(z)
-    product = operator @ q
+    product = times(operator, q)
     rounding = torch.finfo(z.dtype).eps ** 0.5
     if not abs(float(q @ product) - float(mean)) <= rounding * float(torch.linalg.vector_norm(product)):
         raise CurvatureError("the checkpoint belongs to another operator: its first product differs")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import shown
+from ..solvers.solution import times
 from .estimate import Estimate, batches, columns, leave_one_out, probes, units, unknowns
 
 
@@ -31,7 +32,7 @@ def hutchinson_diagonal(
         raise CurvatureError("an error bar needs two random vectors at least")
     total = squares = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
     for z in shown(batches(operator, products, chunk, seed=seed), progress, "diagonal", -(-products // chunk)):
-        samples = z * (operator @ z)
+        samples = z * times(operator, z)
         total, squares = total + samples.sum(1), squares + (samples * samples).sum(1)
     mean = total / products
     variance = (squares / products - mean**2).clamp(min=0) / (products - 1)
@@ -49,7 +50,7 @@ def xdiag(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0, 
     """
     n = unknowns(operator)
     if products >= n:
-        value = torch.cat([(e * (operator @ e)).sum(0) for e in units(operator, chunk)])
+        value = torch.cat([(e * times(operator, e)).sum(0) for e in units(operator, chunk)])
         return Estimate(value, torch.zeros_like(value), n)
     if products < 4:
         raise CurvatureError(f"products={products}: four at least")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import shown
+from ..solvers.solution import times
 
 PROBES = ("rademacher", "gaussian", "sphere")
 SALT = 0x5EED << 32  # the numbers of torch.manual_seed(seed) may be in the operator: these must be others
@@ -72,7 +73,7 @@ def _probe(operator: Any, n: int, kind: str, generator: torch.Generator) -> Tens
 
 def columns(operator: Any, Z: Tensor, chunk: int, progress: bool = False) -> Tensor:
     """A Z, ``chunk`` columns at a time."""
-    return torch.cat([operator @ z for z in shown(Z.split(chunk, dim=1), progress, "products")], 1)
+    return torch.cat([times(operator, z) for z in shown(Z.split(chunk, dim=1), progress, "products")], 1)
 
 
 def unknowns(operator: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..progress import shown
+from ..solvers.solution import times
 from .estimate import Estimate, units, unknowns
 from .trace import split
 
@@ -19,11 +20,11 @@ def frobenius_norm(
     No product is needed twice. The square is unbiased; ``error`` is that of the root, to first order.
     """
     if products >= unknowns(operator):
-        squares = [((operator @ e) ** 2).sum() for e in units(operator, chunk)]
+        squares = [(times(operator, e) ** 2).sum() for e in units(operator, chunk)]
         norm = torch.stack(squares).sum().sqrt()
         return Estimate(norm, torch.zeros_like(norm), operator.shape[0])
     _, AQ, rest, used = split(operator, products, chunk, seed, progress)
-    remainder = torch.cat([((operator @ z) ** 2).sum(0) for z in shown(rest, progress, "rest")])
+    remainder = torch.cat([(times(operator, z) ** 2).sum(0) for z in shown(rest, progress, "rest")])
     square = Estimate.mean(remainder, used + len(remainder))
     norm = ((AQ * AQ).sum() + square.value).sqrt()
     return Estimate(norm, torch.where(norm > 0, square.error / (2 * norm), square.error), square.products)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import shown
+from ..solvers.solution import times
 from .estimate import Estimate, batches, columns, leave_one_out, probes, units, unknowns
 
 
@@ -41,7 +42,7 @@ def hutchinson(
     Source: M. Hutchinson, A stochastic estimator of the trace of the influence matrix, 1989.
     """
     work = shown(batches(operator, products, chunk, kind, seed), progress, "trace", -(-products // chunk))
-    return Estimate.mean(torch.cat([(z * (operator @ z)).sum(0) for z in work]), products)
+    return Estimate.mean(torch.cat([(z * times(operator, z)).sum(0) for z in work]), products)
 
 
 def hutch_pp(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 0, progress: bool = False) -> Estimate:
@@ -55,13 +56,13 @@ def hutch_pp(operator: Any, *, products: int = 60, chunk: int = 16, seed: int = 
     if products >= unknowns(operator):
         return _exact(operator, chunk)
     Q, AQ, rest, used = split(operator, products, chunk, seed, progress)
-    remainder = torch.cat([(z * (operator @ z)).sum(0) for z in shown(rest, progress, "rest")])
+    remainder = torch.cat([(z * times(operator, z)).sum(0) for z in shown(rest, progress, "rest")])
     estimate = Estimate.mean(remainder, used + len(remainder))
     return Estimate(estimate.value + (Q * AQ).sum(), estimate.error, estimate.products)
 
 
 def _exact(operator: Any, chunk: int) -> Estimate:
-    total = torch.stack([(e * (operator @ e)).sum() for e in units(operator, chunk)]).sum()
+    total = torch.stack([(e * times(operator, e)).sum() for e in units(operator, chunk)]).sum()
     return Estimate(total, torch.zeros_like(total), operator.shape[0])
 
 
@@ -127,7 +128,7 @@ def split_traces(
     ``products`` are with each operator.
     """
     pairs = [
-        torch.stack([(z * (hessian @ z)).sum(0), (z * (gauss_newton @ z)).sum(0)])
+        torch.stack([(z * times(hessian, z)).sum(0), (z * times(gauss_newton, z)).sum(0)])
         for z in batches(hessian, products, chunk, kind, seed)
     ]
     h, f = torch.cat(pairs, 1)
