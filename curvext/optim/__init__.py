@@ -9,3 +9,4 @@ from .newton_cg import NewtonCG as NewtonCG
 from .precondition import DiagonalPreconditioner as DiagonalPreconditioner
 from .precondition import FisherPreconditioner as FisherPreconditioner
 from .precondition import KroneckerPreconditioner as KroneckerPreconditioner
+from .saddle_free import SaddleFreeNewton as SaddleFreeNewton

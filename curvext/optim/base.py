@@ -303,8 +303,11 @@ class Objective:
                 how = "" if step.accepted else ", line search not finished"
                 return Found(name, step, step.size * d, "; ".join([*failed, name + how]), trials.at(step.size))
             failed.append(f"{name}: nothing lower in {step.evaluations} evaluations")
+        return self.stay(point, "; ".join(failed) if bool(point.gradient.any()) else "the gradient is zero")
+
+    def stay(self, point: Point, reason: str) -> Found:
+        """No step; the parameters are what they were."""
         self.move(None)
-        reason = "; ".join(failed) if bool(point.gradient.any()) else "the gradient is zero"
         return Found(None, Step(0.0, float(point.value), 0, False), torch.zeros_like(self.start), reason)
 
 

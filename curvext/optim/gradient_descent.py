@@ -17,7 +17,7 @@ class GradientDescent(ClosureOptimizer):
     Args:
         params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`; ``lr`` is the first step
             size tried.
-        line_search: ``Armijo()``, ``StrongWolfe()``; ``None`` for α = 1.
+        line_search: ``Armijo()``, ``StrongWolfe()``; ``FullStep()``; ``None`` for α = 1 if that is lower.
 
     Source: Nocedal and Wright, Numerical Optimization, algorithm 3.1.
     """

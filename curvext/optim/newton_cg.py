@@ -33,7 +33,7 @@ class NewtonCG(ClosureOptimizer):
         damping: a rule for δ, as ``LevenbergMarquardt()`` or ``Constant(1e-3)``, for one product more a step; the ratio
             is that of the undamped model.
         preconditioner: a name ("hesscale", "fisher", "kflr", ...) or an object of :mod:`curvext.optim.precondition`.
-        line_search: ``Armijo()``, ``StrongWolfe()``; ``None`` for α = 1.
+        line_search: ``Armijo()``, ``StrongWolfe()``; ``None`` for α = 1 if that is lower, else no step.
 
     Source: Nocedal and Wright, Numerical Optimization, algorithm 7.1.
     """

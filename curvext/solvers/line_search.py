@@ -39,15 +39,22 @@ def _descent(value: float, slope: float) -> None:
 
 @dataclass(frozen=True)
 class FullStep:
-    """No search: α = ``size``, whatever f is there, unless it is not finite."""
+    """No search: α = ``size`` if f is lower there, else nothing, which leaves it to the damping to rise.
+
+    Args:
+        size: α.
+        always: take the step wherever f is finite.
+    """
 
     size: float = 1.0
+    always: bool = False
 
     def __call__(self, f: Callable[[float], float], value: float, slope: float) -> Step:
-        """The step along α -> f(α)."""
+        """The step along α -> f(α), given f(0) = ``value``."""
         _descent(value, slope)
         here = f(self.size)
-        return Step(self.size, here, 1, True) if math.isfinite(here) else Step(0.0, value, 1, False)
+        good = here < value or (self.always and math.isfinite(here))
+        return Step(self.size if good else 0.0, here if good else value, 1, good)
 
 
 @dataclass(frozen=True)
