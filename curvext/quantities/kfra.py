@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import registry
 from ..errors import CurvatureError
 from ..factor import across, part, pass_columns, reduced_columns
 from ..graph import Operation
 from ..hessians import LossHessian
-from ..persample import Outer, PerSample
-from ..rows import Rows
+from ..persample import Dense, Outer, PerSample
 from ..samples import Axis, back, front
 from ..wave import Wave
 from .base import Target
-from .kronecker import Kept, Sums, sums, wide
+from .kronecker import Kept, sums, wide
 from .waves import Factor
 
 ALIKE = {  # y is the same linear function of every sample's x, whatever x is
-    *("MmBackward0", "AddmmBackward0", "LinearBackward0", "ConvolutionBackward0", "EmbeddingBackward0", "AddBackward0"),
+    *("MmBackward0", "AddmmBackward0", "LinearBackward0", "ConvolutionBackward0", "AddBackward0"),
     *("AvgPool2DBackward0", "AvgPool3DBackward0", "AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0"),
     *("ConstantPadNdBackward0", "MeanBackward1", "SumBackward1"),
 }
@@ -37,11 +37,27 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Columns a, b at a tensor that the samples share, with the matrix Σ a bᵀ; their inputs x are the samples'."""
+class Placed:
+    """At the weight of a linear map: M, and where each of its rows has gone: labels are numbers from 1 times scales."""
 
-    a: PerSample
-    b: PerSample
+    m: Tensor
+    labels: PerSample
+    scales: PerSample
+
+    def gram(self, labels: Outer, scales: Outer) -> Tensor:
+        """Σ_t of the diagonal blocks of M, ``[G, O, O]``."""
+        s, scale = labels.s[0, 0], scales.s[0, 0]
+        index = torch.where(scale == 0, 0, s / scale).round().long()  # 0: nothing, where a map was padded
+        scale = scale.to(self.m.dtype)
+        blocks = pad(self.m, (1, 0, 1, 0))[index.unsqueeze(-1), index.unsqueeze(-2)]
+        return (blocks * scale.unsqueeze(-1) * scale.unsqueeze(-2)).sum(1)
+
+
+@dataclass(frozen=True)
+class Square:
+    """At any other tensor that the samples share: its block ``[P, P]``."""
+
+    m: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,9 +79,12 @@ class Averaged(Factor):
         return Mean(s.mT @ s)
 
     def _below(self, op: Operation, value: Any) -> dict[int, Any]:
-        if isinstance(value, Pair):
-            a, b = across(op, [value.a]), across(op, [value.b])
-            return {i: Pair(a[i], b[i]) for i in a}
+        if isinstance(value, Placed):
+            labels, scales = across(op, [value.labels]), across(op, [value.scales])
+            return {i: Placed(value.m, labels[i], scales[i]) for i in labels}
+        if isinstance(value, Square):
+            rows = value.m.view(len(value.m), 1, *op.outputs[0].shape)
+            return {i: Square(_twice(lambda c: across(op, [Dense(c)]), i, rows)) for i in across(op, [Dense(rows)])}
         if not isinstance(value, Mean) or (len(op.outputs) > 1 and op.name not in SEVERAL):
             raise CurvatureError("KFRA: supports losses of the samples alone, and operations with one output; use KFLR")
         data = [i for i, need in enumerate(op.needs) if need and op.axes_seen[i] is not None]
@@ -95,11 +114,11 @@ def _alike(op: Operation) -> bool:
     return op.name in ALIKE or (rule is not None and rule.function.__name__ in ("reshaped", "moved_rule"))
 
 
-def _columns(op: Operation, rows: Tensor) -> Tensor:
+def _columns(op: Operation, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``rows [R, N, D]``, one vector for each sample, as columns at the operation's output."""
     shape, axis, n = op.outputs[0].shape, op.axes_out[0], op.n_samples
     split = front(torch.empty(shape, device="meta"), axis, n).shape[1:]
-    return back(rows.reshape(len(rows), n, *split), axis, shape, n, 1).to(op.outputs[0].dtype)
+    return back(rows.reshape(len(rows), n, *split), axis, shape, n, 1).to(dtype or op.outputs[0].dtype)
 
 
 def _dealt(op: Operation, rows: Tensor) -> Tensor:
@@ -130,13 +149,26 @@ def _averaged(op: Operation, i: int, m: Tensor) -> Tensor:
     return _passed(op, i, _columns(op, once.transpose(0, 2))).mean(1)
 
 
-def _at_weights(op: Operation, m: Tensor, wanted: Sequence[bool]) -> dict[int, Pair]:
-    """Σ a bᵀ = M with a the unit vectors and b the rows of M."""
+def _at_weights(op: Operation, m: Tensor, wanted: Sequence[bool]) -> dict[int, Placed | Square]:
     if not _alike(op):
         raise CurvatureError("KFRA: is not defined for the parameters of this operation; use KFLR, or leave them out")
-    a = part(op, [_dealt(op, torch.eye(len(m), dtype=m.dtype, device=m.device))], wanted)
-    b = part(op, [_dealt(op, m)], wanted)
-    return {i: Pair(a[i], b[i]) for i in a}
+    ones = torch.ones(1, op.n_samples, len(m), dtype=torch.float64, device=m.device)
+    numbers = ones.cumsum(2)
+    labels, scales = (part(op, [_columns(op, rows, rows.dtype)], wanted) for rows in (numbers, ones))
+    found: dict[int, Placed | Square] = {}
+    for i, placed in labels.items():
+        if isinstance(placed, Outer):
+            found[i] = Placed(m, placed, scales[i])
+        else:
+            found[i] = Square(_twice(lambda c: part(op, [_dealt(op, c)], wanted), i, m))
+    return found
+
+
+def _twice(pull: Callable[[Tensor], dict[int, PerSample]], i: int, m: Tensor) -> Tensor:
+    """Jᵀ M J, pulling the rows of M and then those of what came of it back to input ``i``."""
+    size, shape = len(m), m.shape[1:]
+    once = pull(m)[i].dense().flatten(0, 1)[:size].reshape(size, -1).mT
+    return wide(pull(once.reshape(-1, *shape))[i].dense().flatten(0, 1)[: len(once)].reshape(len(once), -1))
 
 
 @dataclass(frozen=True)
@@ -163,14 +195,9 @@ class KFRA(Kept):
 
     def read(self, target: Target, *waves: Any) -> Any:
         for value in (waves[0] or {}).values():
-            if not isinstance(value, Pair):
-                raise CurvatureError("KFRA: this tensor holds the samples, and is no parameter")
-            return self.of(value.a, value.b)
+            if isinstance(value, Square):
+                return value.m if len(value.m) <= self.dense_up_to else value.m.diagonal()
+            if isinstance(value, Placed) and isinstance(value.labels, Outer) and isinstance(value.scales, Outer):
+                return sums(value.labels, "expand", value.gram(value.labels, value.scales))
+            raise CurvatureError("KFRA: is defined for parameters that are, as they are, weights or biases; use KFLR")
         return None
-
-    def of(self, a: PerSample, b: PerSample) -> Sums | Tensor:
-        """What is kept of Σ a bᵀ."""
-        if isinstance(a, (Outer, Rows)) and isinstance(b, (Outer, Rows)):
-            return sums(a, "expand", b)
-        rows, columns = (wide(p.dense()).flatten(0, 1).flatten(1) for p in (a, b))
-        return rows.mT @ columns if rows.shape[1] <= self.dense_up_to else (rows * columns).sum(0)

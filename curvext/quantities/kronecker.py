@@ -56,8 +56,9 @@ class Sums:
         if not isinstance(other, Sums) or (self.flipped, self.out.shape) != (other.flipped, other.out.shape):
             raise _mixed()
         count = self.count + other.count
-        means = [torch.lerp(getattr(self, k), getattr(other, k), other.count / count) for k in ("inputs", "first")]
-        return Sums(self.out + other.out, *means, count, self.flipped)
+        share = other.count / count
+        inputs, first = self.inputs.lerp(other.inputs, share), self.first.lerp(other.first, share)
+        return Sums(self.out + other.out, inputs, first, count, self.flipped)
 
     def factors(self, bias: bool = False) -> list[Tensor]:
         """In the order of the weight's entries; with a bias, the input has a last feature 1."""
@@ -93,10 +94,10 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def sums(part: Outer | Rows, setting: str, other: Outer | Rows | None = None) -> Sums:
-    """Of one weight; with ``other``, Σ s s'ᵀ of both their waves."""
+def sums(part: Outer | Rows, setting: str, out: Tensor | None = None) -> Sums:
+    """Of one weight; ``out`` may be known already."""
     reduce, n = setting == "reduce", part.size[1]
-    out = _gram(part, part if other is None else other, reduce)
+    out = _gram(part, reduce) if out is None else out
     if isinstance(part, Rows):  # x is 1 in the row that was looked up: x xᵀ is diagonal, and x̄ x̄ᵀ is taken to be
         t = part.s.shape[2] if reduce else 1
         ones = replace(part, s=torch.ones_like(part.s[:1, ..., :1]), shape=(part.shape[0], 1))
@@ -110,19 +111,19 @@ def sums(part: Outer | Rows, setting: str, other: Outer | Rows | None = None) ->
 
 def _mean_gram(x: Tensor) -> Tensor:
     """The mean of x xᵀ over the rows of ``[G, M, I]``."""
-    options = {"beta": 0, "alpha": 1 / max(1, x.shape[1])}
+    alpha = 1 / max(1, x.shape[1])
     if len(x) > 1:
-        return torch.baddbmm(x.new_zeros(1, 1, 1), x.mT, x, **options)
-    return torch.addmm(x.new_zeros(1, 1), x[0].mT, x[0], **options).unsqueeze(0)
+        return torch.baddbmm(x.new_zeros(1, 1, 1), x.mT, x, beta=0, alpha=alpha)
+    return torch.addmm(x.new_zeros(1, 1), x[0].mT, x[0], beta=0, alpha=alpha).unsqueeze(0)
 
 
-def _gram(a: Outer | Rows, b: Outer | Rows, reduce: bool) -> Tensor:
+def _gram(part: Outer | Rows, reduce: bool) -> Tensor:
     """Σ over columns, samples and positions of outer products of waves, ``[G, O, O]``."""
-    if a is b and isinstance(a, Outer) and a.wave is not None and a.wave.of_weight is a.s:
-        return a.wave.value.unsqueeze(0)
-    waves = [wide(p.s.unsqueeze(2) if isinstance(p, Rows) else p.s) for p in ((a,) if a is b else (a, b))]
-    waves = [(s.sum(3, keepdim=True) if reduce else s).permute(2, 0, 1, 3, 4).flatten(1, 3) for s in waves]
-    return waves[0].mT @ waves[-1]
+    if isinstance(part, Outer) and part.wave is not None and part.wave.of_weight is part.s:
+        return part.wave.value.unsqueeze(0)
+    s = wide(part.s.unsqueeze(2) if isinstance(part, Rows) else part.s)
+    s = (s.sum(3, keepdim=True) if reduce else s).permute(2, 0, 1, 3, 4).flatten(1, 3)
+    return s.mT @ s
 
 
 def block(parts: Sequence[PerSample], setting: str, dense_up_to: int, size: int) -> Sums | Tensor:
