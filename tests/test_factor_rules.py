@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from curvext import DiagGGNExact, extend
+from curvext import BatchGrad, DiagGGNExact, extend
 from curvext.graph import Graph, edge_of
 from curvext.registry import find, registered
 from curvext.sweep import Settings
-from curvext.testing import check_columns
+from curvext.testing import check_columns, check_quantity
 
+from . import models
 from .cases import CASES, ELSEWHERE, Case, Draw
 
 # Recorded here by stand-ins of another device's kernels (tests/stand_ins.py), which have no backward pass.
@@ -73,3 +76,19 @@ def test_single_precision_has_kernels_of_its_own(name):
         found.append([p.diag_ggn_exact.double() for p in model.parameters()])
         model.zero_grad()
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantity", [BatchGrad(), DiagGGNExact()], ids=lambda q: q.savefield)
+@pytest.mark.parametrize("model", ["mlp", "cnn", "normalised", "attention", "tied"])
+@pytest.mark.usefixtures("float64")
+def test_quantities_need_no_rule(quantity, model):
+    """Without any rule, the wave passes by products with the nodes, and finds the samples by asking them."""
+    built = {**models.MODELS, "normalised": _normalised}[model]
+    check_quantity(quantity, *built())
+
+
+def _normalised() -> models.Built:
+    layers = [nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.GroupNorm(2, 4), nn.SiLU(), nn.AvgPool2d(2)]
+    model = nn.Sequential(*layers, nn.ConvTranspose2d(4, 2, 2), nn.BatchNorm2d(2).eval(), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randn(3, 2, 4, 4), torch.tensor([0, 2, 1])
+    return model, lambda: F.cross_entropy(model(x), y)
