@@ -228,8 +228,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if large:
         rows = [[f"{kept} reorthogonalisation", *large[kept].values()] for kept in ("full", "none")]
         print("\n" + table([f"density of {large['parameters']} parameters", *large["full"]], rows))
-    common.write(args.output, {"runs": runs, "batch": n, "models": results, "density": large})
-    return results
+    everything = {"runs": runs, "batch": n, "models": results, "density": large}
+    common.write(args.output, everything)
+    return everything
 
 
 if __name__ == "__main__":
