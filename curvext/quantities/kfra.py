@@ -144,7 +144,7 @@ def _averaged(op: Operation, i: int, m: Tensor) -> Tensor:
         return _passed(op, i, _dealt(op, once)).flatten(0, 1)[: len(once)]
     if rule is not None and rule.function.__name__ == "aligned" and op.inputs[i].shape == op.outputs[0].shape:
         slopes = _passed(op, i, m.new_ones(1, *op.outputs[0].shape, dtype=op.outputs[0].dtype))[0]
-        return m * (slopes.mT @ slopes) / n
+        return (slopes.mT @ (slopes / n)).mul_(m)
     once = _passed(op, i, _columns(op, m.unsqueeze(1).expand(-1, n, -1)))
     return _passed(op, i, _columns(op, once.transpose(0, 2))).mean(1)
 
