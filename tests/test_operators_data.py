@@ -171,24 +171,39 @@ class TestPlainLosses:
             Hessian(mlp(), nn.CrossEntropyLoss(reduction="none"), (torch.randn(6, 4), labels(6)))
 
 
-class PerTarget(nn.Module):
-    """Its mean divides every sample by what it has first, as CTC does."""
+class Masked(nn.Module):
+    """Squared error of the targets that are not nan; its mean is over these."""
 
     reduction = "mean"
 
     def forward(self, z, y):
-        losses = (z - y).square().sum(1)
-        scale = y[:, 0].abs()
-        return (losses / scale).mean() if self.reduction == "mean" else losses.sum()
+        losses = torch.where(y.isnan(), 0, z - y.nan_to_num()).square()
+        if self.reduction == "none":
+            return losses
+        return losses.sum() / (y.isfinite().sum() if self.reduction == "mean" else 1)
 
 
-def test_a_mean_that_is_no_sum():
-    class Loss(PerTarget):
-        def forward(self, z, y):
-            return (z - y).square().sum(1) if self.reduction == "none" else super().forward(z, y)
+class NextToken(nn.CrossEntropyLoss):
+    """Of all positions but the last."""
 
+    def forward(self, z, y):
+        return super().forward(z[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+
+
+def test_a_mean_over_less_than_its_class_says():
+    model, x, y, _ = ARCHITECTURES["attention, tied"]()
     with raises(CurvatureError, match="count="):
-        Hessian(mlp(), Loss(), ragged(torch.randn(6, 4), torch.randn(6, 3)))
+        Hessian(model, NextToken(), ragged(x, y))
+    check(model, NextToken(), x, y, count=lambda batch: batch[1][:, 1:].numel())
+
+
+def test_a_mean_that_is_not_over_all_terms():
+    x, y = torch.randn(6, 4), torch.randn(6, 3)
+    y[5, 0] = torch.nan
+    operator = Hessian(mlp(), Masked(), ragged(x, y))  # the first batch is as expected
+    with raises(CurvatureError, match="count="):
+        operator.to_dense()
+    check(mlp(), Masked(), x, y, count=lambda batch: batch[1].isfinite().sum())
 
 
 class Wrapped(nn.Module):

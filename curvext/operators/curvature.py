@@ -158,7 +158,6 @@ class Curvature(OverData):
                 "so the curvature of the data would depend on its batches. Call model.eval(), or give one batch"
             )
         batch = next(iter(self.batches))
-        self.objective.verify(batch)
         first, second = (self._gradient(batch) for _ in range(2))
         off, size = _norm([a - b for a, b in zip(first, second, strict=True)]), _norm(first)
         if off > torch.finfo(self.dtype).eps ** 0.5 * size:

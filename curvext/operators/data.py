@@ -155,6 +155,8 @@ class Objective:
             )
         if self.own:
             self.summed = reduced(loss, "sum")
+            kind = type(loss) if isinstance(loss, nn.Module) else described(loss)[0]
+            self.known = kind.__module__.startswith("torch.nn.")
 
     def term(self, batch: Any) -> Term:
         """One batch's part of the loss."""
@@ -162,6 +164,8 @@ class Objective:
             outputs = call(self.model, batch)
             weight = self._weight(outputs, batch)
             value = self._value(outputs, batch, weight)
+        if self.own and not self.known:
+            self._verify(outputs, batch, value, weight)
         tensors = output_tensors(outputs)
         if not isinstance(value, Tensor) or value.dim():
             raise ValueError("loss: expected a scalar tensor; losses with reduction='none' are not")
@@ -199,22 +203,16 @@ class Objective:
         with torch.no_grad():
             return self._loss(reduced(self.loss, "none"), outputs, batch).numel()
 
-    def verify(self, batch: Any) -> None:
-        """Check that the loss's mean is its sum over the normaliser.
-
-        Raises:
-            CurvatureError: if it is not, as for ``CTCLoss``.
-        """
-        if not self.own or self.reduction == "sum":
+    def _verify(self, outputs: Any, batch: Any, total: Tensor, weight: Any) -> None:
+        """Check that the mean of somebody's loss is its sum over the normaliser."""
+        if weight is not None and not weight:
             return
         with torch.no_grad():
-            outputs = call(self.model, batch)
-            total, weight = self._loss(self.summed, outputs, batch), self._normaliser(outputs, batch)
-            mean = self._loss(self.loss, outputs, batch)
-        if bool(weight) and not torch.allclose(total / weight, mean, rtol=1e-4, equal_nan=True):
+            mean = self._loss(self.loss, outputs, batch) * (1 if weight is None else weight)
+        if not torch.allclose(total, mean, rtol=torch.finfo(total.dtype).eps ** 0.5, equal_nan=True):
             raise CurvatureError(
-                f"the mean of {self.loss} is {float(mean):.6g}, not its sum {float(total):.6g} divided by the number "
-                f"of its terms {float(weight):.6g}. Pass count=, a function of the batch: what the mean divides by"
+                f"{self.loss}: its mean is not its sum divided by the number of its terms, {weight}. Pass count=, a "
+                "function of the batch: what the mean divides by"
             )
 
 
@@ -234,9 +232,6 @@ class Closure:
         if not isinstance(value, Tensor) or value.dim():
             raise ValueError("closure: expected a scalar tensor, or one and the model's outputs")
         return Term(value, output_tensors(outputs))
-
-    def verify(self, batch: Any) -> None:
-        """Nothing to check."""
 
 
 def described(loss: Any) -> tuple[Any, dict[str, Any]]:
