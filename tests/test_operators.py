@@ -209,6 +209,16 @@ class NotConverged:
 
 
 class TestInverse:
+    def test_by_name(self):
+        g, b = curvature(GaussNewton), torch.randn(4 * 5 + 5 + 36 + 21)
+        want = torch.linalg.solve(g.to_dense() + 0.1 * torch.eye(len(b)), b)
+        near(g.inverse(0.1, tolerance=1e-12) @ b, want)
+        near(g.inverse(0.1, solver="minres", tolerance=1e-12) @ b, want)
+        with raises(ValueError, match="has no 'none'"):
+            g.inverse(0.1, solver="none")
+        with raises(CurvatureError, match="did not converge"):
+            g.inverse(0.1, steps=1) @ b
+
     def test_without_convergence_there_is_none(self):
         inverse = DERIVED["sum"]().inverse(solver=lambda operator, b: NotConverged)
         with raises(CurvatureError, match="did not converge"):

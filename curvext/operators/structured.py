@@ -169,8 +169,8 @@ class Kronecker(Structured):
 class BlockDiagonal(Structured):
     """Operators along the diagonal: a mapping from parameter names to square operators, or a sequence of any.
 
-    The mapping's blocks belong to the parameters in its order; a name may be a glob-free tuple of several parameters
-    only through ``space``, which gives their shapes.
+    A mapping's blocks belong to the parameters of those names, in its order; for a sequence ``space`` may say whose
+    entries they run over.
     """
 
     def __init__(self, blocks: dict[str, Operator] | Sequence[Operator], space: Space | None = None):
