@@ -24,7 +24,7 @@ class Eigenpairs:
     Attributes:
         values: ``[k]``: of ``"smallest"`` ascending, of ``"magnitude"`` by magnitude, else descending.
         vectors: ``[P, k]``, orthonormal columns.
-        residuals: ``[k]``, ‖A y - θ y‖: an eigenvalue of A lies that near to θ.
+        residuals: ``[k]``, ‖A y - τ y‖: an eigenvalue of A lies that near to τ.
         accepted: ``[k]``, which of them meet the tolerance.
         converged: whether all do.
         products: columns multiplied.
@@ -63,7 +63,7 @@ def block_lanczos(
         start: ``[P]`` or ``[P, b]``, random.
         k: how many pairs; of ``"both"``, at each end.
         which: ``"largest"``, ``"smallest"``, ``"both"`` (by value) or ``"magnitude"``.
-        tolerance: a pair is accepted where its residual is below ``tolerance`` times the largest |θ|. Its eigenvalue is
+        tolerance: a pair is accepted where its residual is below ``tolerance`` times the largest |τ|. Its eigenvalue is
             then right to that, and to its square over the gap.
         basis: vectors kept: memory of basis + b vectors; max(3 k, 40) + 2 b if not given.
         products: at most; no limit but 50 bases if not given.

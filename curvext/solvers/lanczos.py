@@ -56,7 +56,7 @@ class Krylov:
 
     @property
     def residuals(self) -> Tensor:
-        """``[k]``: ‖A y - θ y‖ of every Ritz pair, |β uₘᵢ|. An eigenvalue of A lies that near to θ."""
+        """``[k]``: ‖A y - τ y‖ of every Ritz pair, |β uₘᵢ|. An eigenvalue of A lies that near to τ."""
         return (self.beta[-1] * self._eigh[1][-1]).abs()
 
     def vectors(self, which: Tensor | slice = slice(None)) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..progress import Checkpoint, shown
-from ..solvers.lanczos import Krylov, lanczos
+from ..solvers.lanczos import lanczos
 from ..solvers.solution import times
 from .estimate import Estimate, batches
 
@@ -108,7 +108,7 @@ def density(
         operator: A, anything with ``.shape``, ``.dtype``, ``.device`` and ``@``.
         probes: random vectors; errors fall with their root, and with that of P.
         steps: products each, and degrees of resolution.
-        reorthogonalize: ``"full"`` keeps ``steps`` vectors in memory, ``"none"`` four: copies of converged nodes then
+        reorthogonalize: ``"full"`` keeps ``steps`` vectors in memory, ``"none"`` six: copies of converged nodes then
             share their weight, which a density does not mind.
         kind: ``"sphere"``, ``"gaussian"`` or ``"rademacher"``.
         seed: of the random vectors.
@@ -132,22 +132,23 @@ def density(
                 _same_operator(operator, z.squeeze(1), state["nodes"][0] @ state["weights"][0])
             if i < done:
                 continue
-            krylov = _probe(operator, z.squeeze(1), steps, reorthogonalize, companion)
+            nodes, weights, products = _quadrature(operator, z.squeeze(1), steps, reorthogonalize, companion)
             state = {
-                "nodes": [*state["nodes"], krylov.values],
-                "weights": [*state["weights"], krylov.weights],
-                "products": state["products"] + krylov.products,
+                "nodes": [*state["nodes"], nodes],
+                "weights": [*state["weights"], weights],
+                "products": state["products"] + products,
             }
             finished()
             if companion is not None:
                 companion.unlink(missing_ok=True)
-    nodes, weights = state["nodes"][:probes], state["weights"][:probes]
-    return Density(_even(nodes), _even(weights, zeros=True), n, state["products"])
+    nodes, weights = _even(state["nodes"][:probes]), _even(state["weights"][:probes], zeros=True)
+    return Density(nodes, weights, n, state["products"])
 
 
-def _probe(operator: Any, z: Tensor, steps: int, reorthogonalize: str, checkpoint: Path | None) -> Krylov:
-    keep = reorthogonalize != "none"
-    return lanczos(operator, z, steps=steps, reorthogonalize=reorthogonalize, keep=keep, checkpoint=checkpoint)
+def _quadrature(operator: Any, z: Tensor, steps: int, how: str, file: Path | None) -> tuple[Tensor, Tensor, int]:
+    """Nodes, weights and products of one probe, without the basis."""
+    krylov = lanczos(operator, z, steps=steps, reorthogonalize=how, keep=how != "none", checkpoint=file)
+    return krylov.values, krylov.weights, krylov.products
 
 
 def _same_operator(operator: Any, z: Tensor, mean: Tensor) -> None:
