@@ -120,6 +120,20 @@ def test_residual_of_the_split_on_digits(digits):
     assert abs(S.value - (dense_H - dense_G).norm()) <= 4 * S.error
 
 
+def test_relu_networks_have_a_residual_without_diagonal():
+    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(7, 5), torch.randint(0, 3, (7,))
+    H, G = (operator(model, F.cross_entropy, (x, y)) for operator in (Hessian, GaussNewton))
+    size = float(frobenius_norm(H - G, products=H.shape[0]))
+    assert size > 0.1
+    assert diagonal(H - G, products=H.shape[0]).value.abs().max() < 1e-10 * size
+    assert abs(float(trace(H - G, products=H.shape[0]))) < 1e-10 * size
+    split = split_traces(H, G, products=50)
+    assert abs(split.S.value) <= 3 * split.S.error
+    values = eigenpairs(G, H.shape[0]).values
+    assert int((values > 1e-10 * values[0]).sum()) <= 7 * 3
+
+
 # trace
 
 
