@@ -379,18 +379,19 @@ class Point:
         return Products(self, kind)
 
     def quantities(self, *quantities: Any, **options: Any) -> Curvature:
-        """Quantities of ``extend`` for the loss (without its sign), by ``str`` of the parameter's place.
+        """Quantities of ``extend`` for the objective without weight decay, by ``str`` of the parameter's place.
 
-        Nothing is left on the parameters, ``grad`` included.
+        Parameters that the loss does not depend on have none. Nothing is left on any, ``grad`` included.
         """
         parameters = {str(i): p for i, p in enumerate(self.objective.parameters)}
         fields = [getattr(q, "quantity", q).savefield for q in quantities]
         before = [(p.grad, {f: p.__dict__.get(f) for f in fields}) for p in parameters.values()]
+        loss = self.graph.term.value
         try:
             with torch.enable_grad(), extend(parameters, *quantities, **options) as found:
                 for p in parameters.values():
                     p.grad = None
-                self.graph.term.value.backward(retain_graph=True)
+                (loss if self.objective.sign > 0 else -loss).backward(retain_graph=True)
             return found
         finally:
             for p, (grad, values) in zip(parameters.values(), before, strict=True):

@@ -6,7 +6,7 @@ preconditioner changes how fast CG gets there, not where to. Your own may be any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class DiagonalPreconditioner:
     def diagonal(self, point: Point) -> Tensor:
         """|d| ``[P]``."""
         found = point.quantities(self.quantity, generator=_fixed(point))
-        return _flat(point, found[self.quantity.savefield].values()).abs()
+        return _flat(point, found[self.quantity.savefield]).abs()
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class FisherPreconditioner(DiagonalPreconditioner):
 
     def diagonal(self, point: Point) -> Tensor:
         """d ``[P]``."""
-        found = point.quantities(self.quantity, BatchL2Grad().only("0"))
-        squares = _flat(point, found[self.quantity.savefield].values())
-        return squares * len(found.batch_l2["0"]) if self.mean else squares
+        found = point.quantities(self.quantity, BatchL2Grad())
+        squares = _flat(point, found[self.quantity.savefield])
+        return squares * len(next(iter(found.batch_l2.values()))) if self.mean else squares
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,11 @@ class KroneckerPreconditioner:
         objective = point.objective
         factors = point.quantities(self.quantity, generator=_fixed(point))[self.quantity.savefield]
         shifts = objective.split(objective.decay + damping + torch.zeros_like(objective.start))
-        pairs = zip(objective.parameters, factors.values(), shifts, strict=True)
-        return BlockDiagonal([self._inverse(Kronecker(tuple(f), tuple(p.shape)), shift) for p, f, shift in pairs])  # type: ignore[arg-type]
+        blocks = []
+        for i, (p, shift) in enumerate(zip(objective.parameters, shifts, strict=True)):
+            found = factors.get(str(i), [p.new_zeros(p.numel())])
+            blocks.append(self._inverse(Kronecker(tuple(found), tuple(p.shape)), shift))  # type: ignore[arg-type]
+        return BlockDiagonal(blocks)
 
     def _inverse(self, block: Kronecker, shift: Tensor) -> Block:
         floor = self.floor * block.trace() / block.shape[0]
@@ -128,8 +131,10 @@ def preconditioner(given: str | Preconditioner | None) -> Preconditioner | None:
     return NAMED[given] if isinstance(given, str) else given
 
 
-def _flat(point: Point, values: Any) -> Tensor:
-    return point.objective.flat(list(values)).to(point.theta)
+def _flat(point: Point, found: Mapping[str, Tensor]) -> Tensor:
+    """``[P]``; zero for parameters that the loss does not depend on."""
+    parameters = enumerate(point.objective.parameters)
+    return torch.cat([found.get(str(i), torch.zeros_like(p)).flatten() for i, p in parameters]).to(point.theta)
 
 
 def _fixed(point: Point) -> torch.Generator:

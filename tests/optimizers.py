@@ -1,0 +1,67 @@
+"""Every optimizer that steps by a closure, in each of its forms, and a small problem for all of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from curvext.optim import LBFGS, GradientDescent, NewtonCG, SaddleFreeNewton
+from curvext.solvers import Constant, FullStep, LevenbergMarquardt, StrongWolfe
+
+# name: class, settings. An optimizer that curvext.optim exports and that is not here fails the suite.
+CASES = {
+    "gradient descent": (GradientDescent, {}),
+    "gradient descent, Wolfe": (GradientDescent, {"line_search": StrongWolfe()}),
+    "gradient descent, full steps": (GradientDescent, {"line_search": FullStep(0.1)}),
+    "L-BFGS, Armijo": (LBFGS, {"memory": 3}),
+    "L-BFGS, Wolfe": (LBFGS, {"line_search": StrongWolfe()}),
+    "Newton-CG": (NewtonCG, {}),
+    "Newton-CG, absolute, hesscale": (NewtonCG, {"negative": "absolute", "preconditioner": "hesscale"}),
+    "Newton-CG, Gauss-Newton": (NewtonCG, {"curvature": "gauss_newton", "steps": 5}),
+    "Newton-CG, damped, kfac": (
+        NewtonCG,
+        {"curvature": "gauss_newton", "damping": LevenbergMarquardt(first=0.1), "preconditioner": "kfac"},
+    ),
+    "saddle-free, Lanczos": (SaddleFreeNewton, {"products": 8}),
+    "saddle-free, Lanczos, adaptive": (SaddleFreeNewton, {"products": 4, "momentum": "adaptive"}),
+    "saddle-free, Lanczos, momentum": (SaddleFreeNewton, {"products": 4, "momentum": 0.3, "line_search": None}),
+    "saddle-free, series": (SaddleFreeNewton, {"method": "series", "terms": 6, "scale": 1.0}),
+    "saddle-free, series, adaptive": (
+        SaddleFreeNewton,
+        {"method": "series", "terms": 5, "order": 2, "scale_decay": 0.95, "momentum": "adaptive", "scale": 1.0},
+    ),
+    "saddle-free, constant damping": (SaddleFreeNewton, {"products": 3, "damping": Constant(0.5)}),
+}
+
+
+def make(name, params, **settings):
+    cls, own = CASES[name]
+    return cls(params, **{**own, **settings})
+
+
+class Net(nn.Module):
+    """A smooth network with a weight nobody uses, on data of its own."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.lower, self.upper = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.upper(torch.tanh(self.lower(x)))
+
+
+def problem(model, part=slice(None)):
+    """A closure that returns the loss and the outputs."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = model.lower.weight.dtype
+    x = torch.randn(12, 4, generator=generator, dtype=dtype)[part]
+    y = torch.arange(12)[part] % 3
+
+    def closure():
+        z = model(x)
+        return F.cross_entropy(z, y), z
+
+    return closure
