@@ -294,7 +294,8 @@ class _Reader:
     def arrive(self, edge: Edge, waves: Sequence[Any]) -> None:
         """All that this target will get, but for its gradient, which comes next."""
         target = self.targets[edge]
-        if target.tensor.is_leaf and any(quantity.total for quantity in self.block.asked[target.names[0]]):
+        own = target.tensor._backward_hooks  # these may change the gradient
+        if target.tensor.is_leaf and not own and any(quantity.total for quantity in self.block.asked[target.names[0]]):
             self.handles.append(target.tensor.register_hook(partial(self._with_gradient, edge, waves)))
         else:
             self._read(edge, waves)
@@ -338,7 +339,7 @@ class _Reader:
         """What a hook deleted or replaced is let go of here too."""
         for field, values in self.block.results.items():
             for name, value in list(values.items()):
-                now = self.block.tensors[name].__dict__.get(field)
+                now: Any = self.block.tensors[name].__dict__.get(field)
                 if now is not value:
                     self.block.held.pop((field, name), None)
                     values[name] = now

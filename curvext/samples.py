@@ -261,7 +261,7 @@ class Samples:
 
 def _is_weight(edge: Edge) -> bool:
     """Whether a tensor is a leaf, or a view of one."""
-    node = edge[0]
+    node: Node | None = edge[0]
     while node is not None and node.next_functions:
         rule = registry.RULES.get((node.name(), "diagonal"))
         node = node.next_functions[0][0] if rule is not None and rule.family == "shape" else None

@@ -36,7 +36,7 @@ def sample_gradients(losses: Callable[[], Tensor], parameters: Sequence[Tensor])
     """Every sample's gradient, ``[N, *P]`` for each parameter; ``losses()`` gives the samples' parts of the loss."""
     rows = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses()]
     return [
-        torch.stack([torch.zeros_like(p) if row[i] is None else row[i] for row in rows])
+        torch.stack([torch.zeros_like(p) if row[i] is None else row[i].to_dense() for row in rows])
         for i, p in enumerate(parameters)
     ]
 

@@ -30,7 +30,7 @@ def hessian(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Tensor:
 def _jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     rows = [torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in values]
     return torch.stack([
-        torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in zip(row, parameters, strict=True)])
+        torch.cat([(torch.zeros_like(p) if r is None else r.to_dense()).reshape(-1) for r, p in zip(row, parameters, strict=True)])
         for row in rows
     ])  # fmt: skip
 

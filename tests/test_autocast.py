@@ -62,7 +62,3 @@ def test_close_to_full_precision(name, inside):
             want = results[0][field][parameter]
             assert value.dtype is torch.float32 and value.shape == want.shape, (field, parameter)
             assert (value - want).norm() <= 0.06 * want.norm() + 1e-6, (field, parameter)
-                field,
-                parameter,
-                (value - want).norm() / want.norm(),
-            )

@@ -292,6 +292,20 @@ class TestSeveralPasses:
             assert len(value) == 6
 
 
+@pytest.mark.parametrize("hooked", ["parameter", "hidden"])
+def test_hooks_of_the_user(hooked):
+    """On a hidden tensor they change what is below; on a parameter, p.grad alone."""
+    model, (x, y) = mlp(), data()
+    hidden = model[1](model[0](x))
+    (hidden if hooked == "hidden" else model[0].weight).register_hook(lambda g: 2 * g)
+    with extend(model, BatchGrad(), Variance()):
+        F.cross_entropy(model[2:](hidden), y).backward()
+    for p in model.parameters():
+        near(p.variance, p.grad_batch.var(0, unbiased=False))
+    factor = 1 if hooked == "hidden" else 2
+    near(factor * model[0].weight.grad_batch.sum(0), model[0].weight.grad)
+
+
 def test_variance_notices_that_gradients_were_changed():
     model, (x, y) = mlp(), data()
     with pytest.raises(CurvatureError, match="changed in place"), extend(model, Variance()):

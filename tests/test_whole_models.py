@@ -372,8 +372,9 @@ class TestLayers:
         layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)).eval()
         classified(nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)), torch.randn(N, 4))
 
-    def test_an_embedding_with_padding(self):
-        model = Of(lambda m, x: m.head(torch.tanh(m.e(x)).mean(1)), e=nn.Embedding(6, 3, padding_idx=0),
+    @pytest.mark.parametrize("option", [dict(padding_idx=0), dict(sparse=True), dict(max_norm=1.0)], ids=str)
+    def test_an_embedding(self, option):
+        model = Of(lambda m, x: m.head(torch.tanh(m.e(x)).mean(1)), e=nn.Embedding(6, 3, **option),
                    head=nn.Linear(3, 3))  # fmt: skip
         classified(model, torch.tensor([[0, 1, 1], [2, 0, 0], [3, 4, 5], [1, 2, 3]]))
 

@@ -102,7 +102,9 @@ class Variance(_FirstOrder):
     total = True
 
     def of(self, gradients: PerSample, target: Target) -> tuple[int, Tensor, Tensor, int]:
-        total = gradients.sums()[0] if target.gradient is None else target.gradient
+        total = target.gradient
+        if total is None or total.layout is not torch.strided:
+            total = gradients.sums()[0]
         return gradients.size[1], total, gradients.squares(), total._version
 
     def settled(self, held: Any) -> Any:

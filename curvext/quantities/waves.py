@@ -185,8 +185,8 @@ class Arrived:
         if self.whole or self.diagonal:
             raise CurvatureError(
                 f"{what}: a term of the loss that no sample owns (a penalty on the weights, or mixed samples) "
-                "has curvature here. DiagGGNExact, DiagGGNMC and GGNBlock include such terms; otherwise leave penalties "
-                "to the optimizer (weight_decay), or pass samples=1"
+                "has curvature here. DiagGGNExact, DiagGGNMC and GGNBlock include such terms; otherwise leave "
+                "penalties to the optimizer (weight_decay), or pass samples=1"
             )
         return joined(self.samples)
 
