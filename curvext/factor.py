@@ -80,7 +80,7 @@ def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tens
     if rule is not None and not any(c is not None for c in s[1:]):
         found = rule.function(op, s[0], wanted)
         if found is not None:
-            return [c if want else None for c, want in zip(found, wanted, strict=True)]
+            return [row if want else None for row, want in zip(found, wanted, strict=True)]
     given = [k for k, c in enumerate(s) if c is not None]
     present: list[bool] = []
 
@@ -90,7 +90,7 @@ def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tens
             full[k] = c
         rows = op.vjp(*full)
         present[:] = [want and row is not None for row, want in zip(rows, wanted, strict=True)]
-        return [row for row, here in zip(rows, present, strict=True) if here]
+        return [row for row, want in zip(rows, wanted, strict=True) if want and row is not None]
 
     rows = iter(_mapped(op, products, [c for c in s if c is not None]))
     return [next(rows) if here else None for here in present]

@@ -245,15 +245,15 @@ def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, 
     """As mm, scaled by α; the added vector gets Σ over a sample's rows."""
     found = _products(op, _by(s, op.alpha), *_added_factors(op), wanted[1:], 1)
     if wanted[0] and op.axes_out[0].dim <= 0 and list(op.inputs[0].shape) == list(op.outputs[0].shape[1:]):
-        found[0] = Dense(_by(over(front(s, op.axes_out[0], op.n_samples, 1), 2), op.beta))
-        weight = found.get(2)
-        if isinstance(weight, Outer) and weight.positions == 1 and op.alpha == op.beta == 1:
-            wave = WaveGram(weight.s, found[0].values)
-            found[0], found[2] = replace(found[0], wave=wave), replace(weight, wave=wave)
+        bias, weight = Dense(_by(over(front(s, op.axes_out[0], op.n_samples, 1), 2), op.beta)), found.get(2)
+        found[0] = bias
+        if isinstance(weight, Outer) and weight.s.shape[2:4] == (1, 1) and op.alpha == op.beta == 1:
+            wave = WaveGram(weight.s, bias.values)
+            found[0], found[2] = replace(bias, wave=wave), replace(weight, wave=wave)
     return found
 
 
-def _products(op: Operation, s: Tensor, a: Any, b: Any, wanted: Sequence[bool], first: int) -> dict[int, PerSample]:
+def _products(op: Operation, s: Any, a: Any, b: Any, wanted: Sequence[bool], first: int) -> dict[int, PerSample]:
     """y = A B: B gets a ⊗ s where the samples are rows of y, A gets s ⊗ b where they are columns; G matrices or one."""
     if _sparse(a, b):
         return {}

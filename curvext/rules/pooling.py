@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def average_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     d, shape = (2 if "2D" in op.name else 3), op.inputs[0].shape
     batch = s.reshape(-1, *s.shape[-d - 1 :])
     x = s.new_empty(1).expand(len(batch), *shape[-d - 1 :])  # only its shape is used
-    adaptive, settings = op.name.startswith("Adaptive"), ()
+    adaptive, settings = op.name.startswith("Adaptive"), cast(tuple[Any, ...], ())
     if not adaptive:
         settings = (op.kernel_size, op.stride, op.padding, op.ceil_mode, op.count_include_pad, op.divisor_override)
     backward = getattr(torch.ops.aten, f"{'_adaptive_' if adaptive else ''}avg_pool{d}d_backward")

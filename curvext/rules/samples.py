@@ -250,9 +250,27 @@ kept(
     data=(0,),
     batch=True,
 )
-kept(
+
+
+@rule(
     *("ScaledDotProductFlashAttentionForCpuBackward0", "ScaledDotProductFlashAttentionBackward0"),
     *("ScaledDotProductEfficientAttentionBackward0", "ScaledDotProductCudnnAttentionBackward0"),
+    wave="samples",
+    how="structure",
+    coincident=True,
+)
+def attention(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
+    """Batches and heads are apart; the output's positions are those of the queries, and of a mask."""
+    axis, shape = out[0], op.outputs[0].shape
+    if axis is None or axis.dim == len(shape) - 1 or any(a not in (None, axis) for a in out):
+        return probe(op, out, n)
+    inputs = [len(m.shape) == len(shape) and m.shape[axis.dim] == shape[axis.dim] for m in _inputs(op)]
+    if axis.dim == len(shape) - 2:
+        inputs[1:3] = [False, False]
+    return [axis if like else None for like in inputs]
+
+
+kept(
     *("ReflectionPad1DBackward0", "ReflectionPad2DBackward0", "ReflectionPad3DBackward0"),
     *("ReplicationPad1DBackward0", "ReplicationPad2DBackward0", "ReplicationPad3DBackward0"),
     batch=True,
