@@ -89,8 +89,9 @@ class SaddleFreeNewton(ClosureOptimizer):
         point = objective.point(products=objective.curvature_closure is None)
         curved, g = objective.curved(point), point.gradient
         H, λ = curved.curvature(), self.carried.get("damping", getattr(self.damping, "first", 1.0))
-        escaped = self._escape(objective, point, H) if float(torch.linalg.vector_norm(g)) <= self.stationary else None
-        if escaped is not None or not bool(g.any()):
+        size = float(torch.linalg.vector_norm(g))
+        escaped = self._escape(objective, point, H) if size <= self.stationary else None
+        if escaped is not None or not size:
             found = escaped or objective.stay(point, "the gradient is zero")
             return found.report(point, curved.products)
         p, κ = self._direction(H, g, λ, self.recall("step", objective) if self.momentum else None)
