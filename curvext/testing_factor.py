@@ -177,9 +177,12 @@ def places(shape: Sequence[int]) -> Iterator[tuple[int, Axis]]:
 
 
 def products(op: Operation, s: Tensor) -> list[Tensor | None]:
-    """Jᵀ s for every input, one row after the other, in its shape."""
+    """Jᵀ s for every input, one row after the other, in its shape.
+
+    Each row is a copy: the backward of as_strided_scatter reads a view's gradient from the wrong place (PyTorch 2.13).
+    """
     rest = [None] * (len(op.outputs) - 1)
-    rows = [op.vjp(row, *rest) for row in s]
+    rows = [op.vjp(row.clone(), *rest) for row in s]
     found: list[Tensor | None] = []
     for i, need in enumerate(op.needs):
         present = [op.reduced(row[i], i) for row in rows if row[i] is not None] if need else []  # type: ignore[arg-type]

@@ -22,8 +22,7 @@ from ..graph import Operation
 Waves = list[Tensor | None]
 Product = Callable[[Tensor], list[Tensor]]
 CHUNK = 64  # rows of an enumeration that are computed together
-#: Nodes whose vmap is wrong (in every row but the first, PyTorch 2.13).
-UNBATCHED = {"CdistBackward0", "AsStridedScatterBackward0"}
+UNBATCHED = {"CdistBackward0"}  # nodes whose vmap is wrong (in every row but the first, PyTorch 2.13)
 MISTAKEN = {"WeightNormInterfaceBackward0"}  # nodes whose second derivative is wrong (the norm is fixed, PyTorch 2.13)
 
 
