@@ -96,9 +96,9 @@ class KroneckerPreconditioner:
         return BlockDiagonal(blocks)
 
     def _inverse(self, block: Kronecker, shift: Tensor) -> Block:
-        floor = self.floor * block.trace() / block.shape[0]
-        shift = torch.maximum(shift.flatten()[0].to(floor), floor)
-        return block.inverse(torch.where(shift > 0, shift, torch.ones_like(shift)), self.pi)
+        mean = block.trace() / block.shape[0]
+        shift = torch.maximum(shift.flatten()[0].to(mean), self.floor * mean)
+        return block.inverse(torch.where(shift + mean > 0, shift, torch.ones_like(shift)), self.pi)
 
 
 class BlockDiagonal:
