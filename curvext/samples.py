@@ -299,7 +299,7 @@ def _read(op: Operation, i: int, plain: Tensor | None, labelled: Tensor | None, 
         plain, labelled = plain.abs(), labelled.abs()
     seen = plain != 0  # however small: gradients may be large there
     ratio = torch.where(seen, labelled / torch.where(seen, plain, 1), 0)
-    near = min(1000 * torch.finfo(ratio.dtype).eps, PROBED)
+    near = min(torch.finfo(ratio.dtype).eps ** 0.5, PROBED)
     for axis in _candidates(plain.shape, n):
         expected = 1 + labels(plain.shape, axis, n, plain.device)
         if bool(((ratio - expected).abs() <= near * expected)[seen.expand_as(ratio)].all()):

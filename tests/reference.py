@@ -29,10 +29,11 @@ def hessian(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Tensor:
 
 def _jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     rows = [torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in values]
-    return torch.stack([
-        torch.cat([(torch.zeros_like(p) if r is None else r.to_dense()).reshape(-1) for r, p in zip(row, parameters, strict=True)])
+    dense = [
+        [torch.zeros_like(p) if r is None else r.to_dense() for r, p in zip(row, parameters, strict=True)]
         for row in rows
-    ])  # fmt: skip
+    ]
+    return torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in dense])
 
 
 def split(diagonal: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

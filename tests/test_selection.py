@@ -126,7 +126,9 @@ def test_names_of_tensors_without_a_module():
         extend([w, b], BatchL2Grad(), only=nn.Linear)
 
 
-@pytest.mark.parametrize("where", ["fc2", nn.Conv2d, [], lambda name, p: False], ids=["name", "class", "empty", "predicate"])
+@pytest.mark.parametrize(
+    "where", ["fc2", nn.Conv2d, [], lambda name, p: False], ids=["name", "class", "empty", "predicate"]
+)
 def test_a_selection_of_nothing(net, where):
     with pytest.raises(ValueError, match=r"matches none of the 7 tensors, such as 'scale'"):
         extend(net, BatchL2Grad(), only=where)
