@@ -270,13 +270,14 @@ def test_closures_that_are_refused(name):
         "does not depend": detached,
         "finite": infinite,
         "scalar loss": lambda: closure()[1],
+        "one tensor or a list": lambda: (closure()[0], {"logits": closure()[1]}),
         "needs a closure": None,
     }
     for message, wrong in refused.items():
+        model.zero_grad()
         with pytest.raises(CurvatureError, match=message):
             make(name, model.parameters()).step(wrong)
         assert equal(before, values(model))
-        model.zero_grad()
 
 
 @every

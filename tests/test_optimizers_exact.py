@@ -243,6 +243,33 @@ def test_an_exact_preconditioner_takes_one_product():
         assert given is not None or optimizer.report.products > 5
 
 
+class Attentive(nn.Module):
+    """A convolution and fused attention, which PyTorch cannot differentiate twice as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(2, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        z = self.conv(x).mT.unsqueeze(1)
+        return self.out(F.scaled_dot_product_attention(z, z, z).squeeze(1).mean(1))
+
+
+@pytest.mark.parametrize("given", [None, "hesscale", "kflr"])
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_attention_and_convolutions(kind, given):
+    model, x, y = Attentive(), torch.randn(6, 2, 5), torch.arange(6) % 2
+    optimizer = NewtonCG(model.parameters(), curvature=kind, preconditioner=given)
+
+    def closure():
+        z = model(x)
+        return F.cross_entropy(z, y), z
+
+    for _ in range(3):
+        optimizer.step(closure)
+        assert optimizer.report.moved
+
+
 def test_unknown_preconditioner():
     with pytest.raises(ValueError, match="'newton': one of hesscale"):
         NewtonCG(Net().parameters(), preconditioner="newton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..errors import CurvatureError
 from ..extend import Curvature, extend
-from ..operators.data import Term
+from ..operators.data import Term, twice_differentiable
 from ..operators.linearised import Linearised
 from ..solvers import FullStep, Step, reduction_ratio
 
@@ -185,7 +186,7 @@ class Objective:
     """
 
     def __init__(self, optimizer: ClosureOptimizer, closure: Closure, curvature_closure: Closure | None = None):
-        self.closure, self.curvature_closure = closure, curvature_closure
+        self.closure, self.curvature_closure, self.second_order = closure, curvature_closure, optimizer.second_order
         rows = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not rows:
             raise CurvatureError(f"{type(optimizer).__name__}: no parameter requires a gradient")
@@ -229,29 +230,35 @@ class Objective:
         theta = self.flat(self.parameters)
         return 0.5 * (self.decay * theta).dot(theta)
 
-    def _call(self, closure: Closure) -> tuple[Tensor, list[Tensor]]:
-        """The closure's loss and outputs. Always with gradients: a loss may need derivatives for its value."""
+    def call(self, closure: Closure, twice: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """A closure's loss and outputs. Always with gradients: a loss may need derivatives for its value.
+
+        ``twice``: by kernels that can be differentiated twice, if the optimizer needs that; at every evaluation, so
+        that values are the same to the last bit.
+        """
         self.evaluations += 1
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable(None) if twice and self.second_order else nullcontext():
             found = closure()
-            loss, outputs = found if isinstance(found, tuple) else (found, [])
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
+            loss, outputs = found if isinstance(found, tuple) and len(found) == 2 else (found, [])
+            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not all(isinstance(z, Tensor) for z in outputs):
                 raise CurvatureError(
-                    f"the closure must return a scalar loss, or (loss, outputs), not {type(loss).__name__}"
+                    f"the closure must return a scalar loss, or (loss, outputs), outputs one tensor or a list; got "
+                    f"{type(found).__name__}"
                 )
-            return loss.reshape(()), [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            return loss.reshape(()), outputs
 
     def value(self, d: Tensor | None = None) -> Tensor:
         """f(θ + d); the parameters stay there."""
         self.move(d)
-        return self.sign * self._call(self.closure)[0].detach() + self.penalty()
+        return self.sign * self.call(self.closure)[0].detach() + self.penalty()
 
     def check(self) -> None:
         """Raise if two evaluations at one place differ, or if one leaves gradients."""
         before = [(p.grad, p.grad is not None and p.grad._version) for p in self.parameters]
         for closure in filter(None, (self.closure, self.curvature_closure)):
-            a, b = (self._call(closure)[0].detach() for _ in range(2))
-            if not torch.equal(a, b) and not bool((a - b).abs() <= 1e-6 * a.abs()):
+            a, b = (self.call(closure)[0].detach() for _ in range(2))
+            if not torch.equal(a, b) and not bool((a - b).abs() <= torch.finfo(a.dtype).eps ** (2 / 3) * a.abs()):
                 raise CurvatureError(
                     f"the closure is not deterministic: {a.item():.8g} and {b.item():.8g} at the same parameters. Use "
                     "one batch for all evaluations of a step, and model.eval() or no dropout"
@@ -268,14 +275,14 @@ class Objective:
         ``"gauss_newton"``: the loss's graph, and not the gradient's.
         """
         self.move(d)
-        loss, outputs = self._call(self.closure)
+        point = Point(self, self.closure, products)
         if self.loss is None:
-            self.loss = loss.detach()
-        return Point(self, loss, outputs, products)
+            self.loss = point.graph.term.value.detach()
+        return point
 
     def curved(self, point: Point) -> Point:
         """The point whose curvature is to be used: of the second closure where there is one, else the same."""
-        return point if self.curvature_closure is None else Point(self, *self._call(self.curvature_closure))
+        return point if self.curvature_closure is None else Point(self, self.curvature_closure)
 
     def search(
         self, point: Point, line_search: LineSearch | None, directions: Mapping[str, Tensor], points: bool = False
@@ -339,10 +346,11 @@ BACKWARD = "the closure called backward(); it must only return the loss"
 class Point:
     """The objective at one place: its value, gradient and curvature products; the graph is kept while this is."""
 
-    def __init__(self, objective: Objective, loss: Tensor, outputs: list[Tensor], products: bool | str = True):
+    def __init__(self, objective: Objective, closure: Closure, products: bool | str = True):
+        loss, outputs = objective.call(closure)
         if not loss.requires_grad:
             raise CurvatureError("the closure's loss does not depend on the parameters through a graph")
-        self.objective, self.kept = objective, products
+        self.objective, self.closure, self.kept = objective, closure, products
         self.graph = Linearised(Term(loss, outputs), objective.parameters)
         self.value = objective.sign * loss.detach() + objective.penalty()
         self.theta = objective.flat(objective.parameters)
@@ -381,17 +389,18 @@ class Point:
     def quantities(self, *quantities: Any, **options: Any) -> Curvature:
         """Quantities of ``extend`` for the objective without weight decay, by ``str`` of the parameter's place.
 
-        Parameters that the loss does not depend on have none. Nothing is left on any, ``grad`` included.
+        They come from one more evaluation of the closure, so before the parameters move. Parameters that the loss does
+        not depend on have none. Nothing is left on any, ``grad`` included.
         """
         parameters = {str(i): p for i, p in enumerate(self.objective.parameters)}
         fields = [getattr(q, "quantity", q).savefield for q in quantities]
         before = [(p.grad, {f: p.__dict__.get(f) for f in fields}) for p in parameters.values()]
-        loss = self.graph.term.value
+        loss, _ = self.objective.call(self.closure, twice=False)
         try:
             with torch.enable_grad(), extend(parameters, *quantities, **options) as found:
                 for p in parameters.values():
                     p.grad = None
-                (loss if self.objective.sign > 0 else -loss).backward(retain_graph=True)
+                (loss if self.objective.sign > 0 else -loss).backward()
             return found
         finally:
             for p, (grad, values) in zip(parameters.values(), before, strict=True):
