@@ -251,7 +251,7 @@ class Attentive(nn.Module):
         self.conv, self.out = nn.Conv1d(2, 4, 3, padding=1), nn.Linear(4, 2)
 
     def forward(self, x):
-        z = self.conv(x).mT.unsqueeze(1)
+        z = self.conv(x).mT.unsqueeze(1).contiguous()
         return self.out(F.scaled_dot_product_attention(z, z, z).squeeze(1).mean(1))
 
 
