@@ -26,6 +26,7 @@ CASES = {
     "saddle-free, Lanczos": (SaddleFreeNewton, {"products": 8}),
     "saddle-free, Lanczos, adaptive": (SaddleFreeNewton, {"products": 4, "momentum": "adaptive"}),
     "saddle-free, Lanczos, momentum": (SaddleFreeNewton, {"products": 4, "momentum": 0.3, "line_search": None}),
+    "saddle-free, two passes": (SaddleFreeNewton, {"products": 5, "two_passes": True}),
     "saddle-free, series": (SaddleFreeNewton, {"method": "series", "terms": 6, "scale": 1.0}),
     "saddle-free, series, adaptive": (
         SaddleFreeNewton,

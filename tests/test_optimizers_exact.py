@@ -287,11 +287,12 @@ def absolute(A, λ):
     "options",
     [
         {"products": 8},
+        {"products": 8, "two_passes": True},
         {"products": 8, "momentum": "adaptive"},
         {"method": "series", "terms": 300, "order": 0, "scale": 1.0},
         {"method": "series", "terms": 61, "order": 8, "scale": 1.0},
     ],
-    ids=["lanczos", "adaptive", "series", "shanks"],
+    ids=["lanczos", "two passes", "adaptive", "series", "shanks"],
 )
 def test_saddle_free_step_is_that_of_the_dense_hessian(options):
     q, _ = torch.linalg.qr(torch.randn(8, 8))
@@ -416,6 +417,17 @@ def test_leaves_saddles_where_newton_does_not(saddle, lowest, method):
     for _ in range(40):
         staying.step(found[1])
     assert staying.report.after > -1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"method": "exact"}, {"momentum": "nesterov"}, {"momentum": -0.1}, {"products": 0}, {"scale": 0.0},
+     {"order": 10}, {"two_passes": True, "momentum": "adaptive"}],
+    ids=str,
+)  # fmt: skip
+def test_saddle_free_refuses(wrong):
+    with pytest.raises(ValueError, match="SaddleFreeNewton"):
+        SaddleFreeNewton(Net().parameters(), **wrong)
 
 
 def test_stationary_without_negative_curvature():

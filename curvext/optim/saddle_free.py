@@ -40,7 +40,7 @@ class SaddleFreeNewton(ClosureOptimizer):
     Args:
         params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
         method: ``"lanczos"`` or ``"series"``.
-        products: of a Lanczos run.
+        products: of a Lanczos run, which keeps as many vectors; ``two_passes`` keeps four, for twice the products.
         terms, order, scale, scale_decay: of the series: K, the order of Shanks's transformation, the first V, and by
             which factor V shrinks a step (1 in the paper; 0.95 lets one early spike be forgotten).
         damping: a rule for λ. By default λ starts at 1e-2 and changes by 3 with Lanczos; as in the paper, at 1 and by
@@ -61,6 +61,7 @@ class SaddleFreeNewton(ClosureOptimizer):
         *,
         method: str = "lanczos",
         products: int = 20,
+        two_passes: bool = False,
         terms: int = 20,
         order: int = 1,
         scale: float = 100.0,
@@ -80,8 +81,10 @@ class SaddleFreeNewton(ClosureOptimizer):
                              f"scale={scale} > 0 are needed")  # fmt: skip
         if order < 0 or terms < 2 * order + 1:
             raise ValueError(f"SaddleFreeNewton: order={order} >= 0 and terms={terms} > 2 order are needed")
+        if two_passes and (method != "lanczos" or momentum == "adaptive"):
+            raise ValueError("SaddleFreeNewton: two_passes is for method='lanczos', without momentum='adaptive'")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
-        self.method, self.products, self.terms, self.order = method, products, terms, order
+        self.method, self.products, self.two_passes, self.terms, self.order = method, products, two_passes, terms, order
         self.scale, self.scale_decay, self.momentum, self.stationary = scale, scale_decay, momentum, stationary
         self.damping, self.line_search = damping or DAMPING[method], line_search
 
@@ -94,7 +97,7 @@ class SaddleFreeNewton(ClosureOptimizer):
         if escaped is not None or not size:
             found = escaped or objective.stay(point, "the gradient is zero")
             return found.report(point, curved.products)
-        p, κ = self._direction(H, g, λ, self.recall("step", objective) if self.momentum else None)
+        p, κ = self._direction(H, g, λ, self.recall("before", objective) if self.momentum else None)
         d = objective.lr * p
         κ = objective.lr**2 * κ if κ is not None and isinstance(objective.lr, float) else float(d.dot(H @ d))
         directions = {"saddle-free": p, "steepest descent": -g}
@@ -102,7 +105,7 @@ class SaddleFreeNewton(ClosureOptimizer):
         ratio = found.ratio(point, float(g.dot(d)), κ) if found.name == "saddle-free" else -math.inf
         self.carried["damping"] = self.damping(λ, ratio, step=found.step.size)
         if self.momentum and found.name:
-            self.remember("step", found.step.size * directions[found.name], objective)
+            self.remember("before", found.step.size * directions[found.name], objective)
         return found.report(point, curved.products, damping=λ, ratio=ratio)
 
     def _direction(self, H: Products, g: Tensor, λ: float, before: Tensor | None) -> tuple[Tensor, float | None]:
@@ -113,12 +116,12 @@ class SaddleFreeNewton(ClosureOptimizer):
         return p + self.momentum * before, None
 
     def _lanczos(self, H: Products, g: Tensor, λ: float, before: Tensor | None) -> tuple[Tensor, float]:
-        solution = saddle_free(H, g, damping=λ, steps=self.products)
+        solution = saddle_free(H, g, damping=λ, steps=self.products, two_passes=self.two_passes)
         krylov = solution.krylov
-        assert krylov is not None and krylov.basis is not None
-        more = before if self.momentum == "adaptive" else None
-        more = None if more is None else _beside(krylov.basis, more)
-        if more is None:
+        assert krylov is not None
+        adaptive = before is not None and self.momentum == "adaptive"
+        more = _beside(krylov.basis, before) if adaptive else None  # type: ignore[arg-type]
+        if more is None or krylov.basis is None:
             return -solution.x, krylov.quadratic(lambda t: t / (t.abs() + λ) ** 2)
         Q = torch.cat([krylov.basis, more[:, None]], 1)
         T = torch.zeros(Q.shape[1], Q.shape[1], dtype=torch.float64)
