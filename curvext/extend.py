@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from .columns import indivisible, only, reads_columns, together
 from .errors import CurvatureError
 from .graph import Edge, Graph, nearest
+from .memory import keep
 from .output import seeds
 from .quantities import HesScale
 from .quantities.base import Quantity, Selected, Target, WholeGraph
@@ -107,6 +108,7 @@ class extend(TorchFunctionMode):
         max_memory: int | None = None,
     ):
         super().__init__()
+        keep()
         self.model, self.only, self.samples, self.hook = kept(model), only, samples, extension_hook
         self.entries = checked(quantities or (HesScale(),))
         assigned(self.model, self.entries, trained(named(self.model)), only)

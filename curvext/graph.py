@@ -39,6 +39,17 @@ class Operation:
     ``node._saved_result``. ``op.needs[i]`` says whether input ``i`` leads to a target; only those waves are used.
     """
 
+    #: Whether each input is a target.
+    ends: tuple[bool, ...] = ()
+    #: Where the samples are, if a quantity asks: see :class:`curvext.samples.Samples`.
+    n_samples = 1
+    axes_out: tuple[Any, ...] = ()  # of every output, and of every input: an Axis, or None if it is shared
+    axes_in: tuple[Any, ...] = ()
+    axes_seen: tuple[Any, ...] = ()  # of every input as this operation sees it: others may disagree
+    summed = True  # whether the samples are summed already
+    #: Whether it is part of the loss, by :func:`curvext.output`: a tensor so marked is below.
+    above = False
+
     def __init__(
         self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], graph: Graph, settings: Any, is_target: bool
     ):
@@ -54,16 +65,6 @@ class Operation:
         self.inputs = tuple([None if child is None else graph.outputs[child][k] for child, k in edges])
         #: Whether an input or an output is complex: such a tensor counts as a pair of real ones.
         self.is_complex = bool(graph.complex) and (node in graph.complex or any(n in graph.complex for n, _ in edges))
-        #: Whether each input is a target.
-        self.ends: tuple[bool, ...] = ()
-        #: Where the samples are, if a quantity asks: see :class:`curvext.samples.Samples`.
-        self.n_samples = 1
-        self.axes_out: tuple[Any, ...] = ()  # of every output, and of every input: an Axis, or None if it is shared
-        self.axes_in: tuple[Any, ...] = ()
-        self.axes_seen: tuple[Any, ...] = ()  # of every input as this operation sees it: others may disagree
-        self.summed = True  # whether the samples are summed already
-        #: Whether it is part of the loss, by :func:`curvext.output`: a tensor so marked is below.
-        self.above = False
         #: Whether one tensor enters this operation more than once.
         self.coincident = len(edges) > 1 and len(set(edges)) < len(edges) and any(len(g) > 1 for g in self.groups)
 

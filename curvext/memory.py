@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@cache
+def keep() -> None:
+    """Let the C library keep freed memory for the next step; once.
+
+    glibc gives memory at the end of its heap back to the system unless pieces of that size have come and gone before,
+    and getting it again page by page takes longer than the arithmetic of a small step. One piece of the largest size
+    that it adapts to, never touched, is enough; elsewhere this does nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def taken(holder: list[Tensor | None], shape: Sequence[int], like: Tensor) -> Tensor | None:

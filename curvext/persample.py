@@ -217,8 +217,10 @@ class Outer(PerSample):
 
     def squares(self) -> Tensor:
         if self.positions == 1:
-            s = squared(self.s)
-            return self._laid(s.squeeze(2).permute(1, 2, 0) @ self.x.squeeze(2).square().transpose(0, 1))
+            s, x = squared(self.s).squeeze(2), self.x.squeeze(2).square()  # [N, G, O], [N, G, I]
+            if s.shape[1] == 1:  # faster than a batch of one
+                return self._laid((s.squeeze(1).mT @ x.squeeze(1)).unsqueeze(0))
+            return self._laid(s.permute(1, 2, 0) @ x.transpose(0, 1))
         total = sum(block.square_().sum((0, 2)) for block in self._blocks())
         return self._laid(total)  # type: ignore[arg-type]
 
