@@ -28,12 +28,14 @@ OPTIONS = {
     "gauss_newton": {"gauss_newton": True},
     "loop": {"foreach": False},
     "foreach": {"foreach": True},
+    "sqrt": {"variant": "sqrt"},
+    "newton": {"variant": "newton", "eps": 0.3},
     "foreach with everything": {"foreach": True, "weight_decay": 0.1, "maximize": True, "betas": (0.5, 0.6)},
 }
 with_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
-def entry(theta, gs, hs, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize):
+def entry(theta, gs, hs, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, variant):
     """One entry after ``len(gs)`` steps, in Python numbers; ``gs`` and ``hs`` do not depend on it."""
     m = v = 0.0
     for t, (g, h) in enumerate(zip(gs, hs, strict=True), 1):
@@ -44,8 +46,9 @@ def entry(theta, gs, hs, lr, betas, eps, weight_decay, decoupled_weight_decay, m
         elif weight_decay:
             g += weight_decay * theta
         m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * h**2
-        theta -= lr * (m / (1 - betas[0] ** t)) / (math.sqrt(v) / math.sqrt(1 - betas[1] ** t) + eps)
+        v = betas[1] * v + (1 - betas[1]) * (h**2 if variant == "adam" else abs(h))
+        unbiased = v / (1 - betas[1] ** t)
+        theta -= lr * (m / (1 - betas[0] ** t)) / ((unbiased if variant == "newton" else math.sqrt(unbiased)) + eps)
     return theta
 
 
@@ -72,7 +75,7 @@ class TestUpdate:
             for p, g, h in zip(ps, gs, hs, strict=True):
                 set_both(p, g[t], h[t], field)
             optimizer.step()
-        names = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+        names = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "variant")
         given = {name: optimizer.defaults[name] for name in names}
         for p, before, g, h in zip(ps, start, gs, hs, strict=True):
             g, h = (torch.stack(steps).reshape(6, -1).T.tolist() for steps in (g, h))
@@ -235,6 +238,7 @@ class TestOptimizer:
             ({"betas": (0.9, -0.1)}, "betas must"),
             ({"betas": (0.9,)}, "betas must"),
             ({"betas": 0.9}, "betas must"),
+            ({"variant": "adagrad"}, "variant must be .adam., .sqrt. or .newton."),
         ],
         ids=str,
     )

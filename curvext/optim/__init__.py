@@ -10,3 +10,4 @@ from .precondition import DiagonalPreconditioner as DiagonalPreconditioner
 from .precondition import FisherPreconditioner as FisherPreconditioner
 from .precondition import KroneckerPreconditioner as KroneckerPreconditioner
 from .saddle_free import SaddleFreeNewton as SaddleFreeNewton
+from .scaling import ScaledStep as ScaledStep

@@ -27,7 +27,9 @@ class AdaHesScale(Optimizer):
         θ ← θ - lr · m / (1 - β₁ᵗ) / (√v / √(1 - β₂ᵗ) + eps)
 
     with the gradient g and the diagonal h of every parameter, entry by entry (nothing is averaged over a convolution's
-    kernel). The optimizer can run the block itself, from a closure that returns the loss and calls no backward,
+    kernel). ``variant="sqrt"`` averages |h| in v and keeps the root; ``"newton"`` averages |h| and divides by
+    v / (1 - β₂ᵗ) + eps, without a root. The optimizer can run the block itself, from a closure that returns the loss
+    and calls no backward,
 
         optimizer = AdaHesScale(model.parameters(), lr=1e-3)
         loss = optimizer.step(lambda: loss_fn(model(x), y))
@@ -42,9 +44,10 @@ class AdaHesScale(Optimizer):
     A closure of PyTorch's convention, which zeroes the gradients and calls ``loss.backward()``, works too; its
     ``backward`` runs in the optimizer's block and is not run again. The step is the gradient over the curvature, so
     unlike Adam's it is not bounded by ``lr``, and it does not change when the loss is scaled (a sum instead of a mean)
-    except through ``eps``. Where h stays zero and g does not, as in a parameter that the loss is linear in, it is
-    ``lr · g / eps``: raise ``eps`` there. Every diagonal is used once, and belongs to the last block: two blocks that
-    accumulate gradients leave the diagonal of the second alone, so put their ``backward()`` calls into one.
+    except through ``eps`` (with ``"sqrt"`` it grows with the root of that scale). Where h stays zero and g does not,
+    as in a parameter that the loss is linear in, it is ``lr · g / eps``: raise ``eps`` there. Every diagonal is used
+    once, and belongs to the last block: two blocks that accumulate gradients leave the diagonal of the second alone,
+    so put their ``backward()`` calls into one.
     Under ``torch.amp.GradScaler``, ``scaler.step(optimizer)`` unscales the diagonal together with the gradient.
 
     Args:
@@ -59,6 +62,7 @@ class AdaHesScale(Optimizer):
             the model; ``False``: one by one. By default all of them on a CUDA device, small ones elsewhere. The
             results are equal.
         maximize: ascend: g is negated.
+        variant: ``"adam"`` as above, ``"sqrt"`` or ``"newton"``.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -84,6 +88,7 @@ class AdaHesScale(Optimizer):
         decoupled_weight_decay: bool = False,
         foreach: bool | None = None,
         maximize: bool = False,
+        variant: str = "adam",
     ):
         self._forget()
         defaults: dict[str, Any] = {
@@ -95,6 +100,7 @@ class AdaHesScale(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "foreach": foreach,
             "maximize": maximize,
+            "variant": variant,
         }
         _check(defaults)
         super().__init__(params, defaults)
@@ -111,7 +117,7 @@ class AdaHesScale(Optimizer):
         super().add_param_group(param_group)
         try:
             _check(param_group)
-            self._named()
+            named(self)
         except Exception:
             self.param_groups.pop()
             raise
@@ -151,35 +157,7 @@ class AdaHesScale(Optimizer):
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """The loss of the closure, with gradients and diagonals left on the parameters."""
         self.zero_grad()
-        block = extend(self._named(), *{_diagonal(group): None for group in self.param_groups})
-        with torch.enable_grad(), block:
-            loss = closure()
-            if not block.backwards:
-                self._check_returned(loss)
-                loss.backward()
-        return loss
-
-    def _check_returned(self, loss: Any) -> None:
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"AdaHesScale: the closure must return the loss, a tensor, got {type(loss).__name__}")
-        if any(p.grad is not None for p in self._named().values()):
-            raise CurvatureError(
-                "AdaHesScale: the closure computed gradients without loss.backward() (torch.autograd.backward is not "
-                "seen), so there is no diagonal. Let it return the loss and call no backward at all."
-            )
-
-    def _named(self) -> dict[str, Tensor]:
-        """All parameters, by their names or places."""
-        named: dict[str, Tensor] = {}
-        for i, group in enumerate(self.param_groups):
-            for k, p in enumerate(group["params"]):
-                name = _name(group, i, k)
-                if name in named:
-                    raise ValueError(f"AdaHesScale: params has two parameters named {name!r}")
-                if p.is_complex():
-                    raise CurvatureError(f"AdaHesScale: parameter {name!r} is complex; use torch.view_as_complex")
-                named[name] = p
-        return named
+        return evaluate(self, closure, {_diagonal(group): None for group in self.param_groups})
 
     def _rows(self, i: int, group: Mapping[str, Any]) -> list[Row]:
         """Every parameter of group i with a gradient, with its gradient, diagonal and state."""
@@ -188,24 +166,11 @@ class AdaHesScale(Optimizer):
             if p.grad is None or not p.requires_grad:
                 continue
             h = getattr(p, quantity.savefield, None)
-            wrong = self._wrong(p, h, quantity)
+            wrong = unusable(p, h, quantity, self._used)
             if wrong or h is None:
                 raise CurvatureError(f"AdaHesScale: parameter {_name(group, i, k)!r} {wrong}")
-            rows.append((p, self._unscaled(p.grad), self._unscaled(h), self._state(p)))
+            rows.append((p, self._unscaled(p.grad), self._unscaled(h), self._state(p, group)))
         return rows
-
-    def _wrong(self, p: Tensor, h: Tensor | None, quantity: HesScale) -> str | None:
-        remedy = "in a block, with extend(model, {}): loss.backward(); or give step() a closure."
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            return "has a sparse gradient; use dense ones (sparse=False in nn.Embedding)"
-        if h is None:
-            return f"has a gradient and no {quantity.savefield}. Compute both {remedy.format(quantity)}"
-        if h.shape != p.shape:
-            return f"has a {quantity.savefield} of shape {tuple(h.shape)}, not {tuple(p.shape)}"
-        if self._used.get(h) == h._version:
-            used = f"has a stale {quantity.savefield}: an earlier step has used it."
-            return f"{used} Compute a new one {remedy.format(quantity)}"
-        return None
 
     def _unscaled(self, linear: Tensor) -> Tensor:
         """A gradient or diagonal of the loss itself, if GradScaler has scaled it: both are linear in the loss."""
@@ -219,18 +184,76 @@ class AdaHesScale(Optimizer):
             )
         return linear / scale
 
-    def _state(self, p: Tensor) -> dict[str, Tensor]:
-        """Number of steps, average of g, average of h²."""
+    def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Number of steps, average of g, average of h² or |h|."""
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[_average(group)] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
+
+
+def evaluate(optimizer: Optimizer, closure: Callable[[], Any], quantities: Mapping[Any, None]) -> Any:
+    """The loss of a closure, with gradients and quantities left on an optimizer's parameters."""
+    parameters = named(optimizer)
+    block = extend(parameters, *quantities)
+    with torch.enable_grad(), block:
+        loss = closure()
+        if not block.backwards:
+            _check_returned(optimizer, loss, parameters)
+            loss.backward()
+    return loss
+
+
+def _check_returned(optimizer: Optimizer, loss: Any, parameters: Mapping[str, Tensor]) -> None:
+    who = type(optimizer).__name__
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{who}: the closure must return the loss, a tensor, got {type(loss).__name__}")
+    if any(p.grad is not None for p in parameters.values()):
+        raise CurvatureError(
+            f"{who}: the closure computed gradients without loss.backward() (torch.autograd.backward is not "
+            "seen), so there is no diagonal. Let it return the loss and call no backward at all."
+        )
+
+
+def named(optimizer: Optimizer) -> dict[str, Tensor]:
+    """All parameters of an optimizer, by their names or places."""
+    found: dict[str, Tensor] = {}
+    who = type(optimizer).__name__
+    for i, group in enumerate(optimizer.param_groups):
+        for k, p in enumerate(group["params"]):
+            name = _name(group, i, k)
+            if name in found:
+                raise ValueError(f"{who}: params has two parameters named {name!r}")
+            if p.is_complex():
+                raise CurvatureError(f"{who}: parameter {name!r} is complex; use torch.view_as_complex")
+            found[name] = p
+    return found
+
+
+def unusable(p: Tensor, h: Tensor | None, quantity: HesScale, used: Mapping[Tensor, int]) -> str | None:
+    """Why a diagonal is not one of the parameter's last block; ``used``: versions of those that steps have used."""
+    remedy = "in a block, with extend(model, {}): loss.backward(); or give step() a closure."
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        return "has a sparse gradient; use dense ones (sparse=False in nn.Embedding)"
+    if h is None:
+        return f"has a gradient and no {quantity.savefield}. Compute both {remedy.format(quantity)}"
+    if h.shape != p.shape:
+        return f"has a {quantity.savefield} of shape {tuple(h.shape)}, not {tuple(p.shape)}"
+    if used.get(h) == h._version:
+        stale = f"has a stale {quantity.savefield}: an earlier step has used it."
+        return f"{stale} Compute a new one {remedy.format(quantity)}"
+    return None
 
 
 def _diagonal(group: Mapping[str, Any]) -> HesScale:
     return HesScale(gauss_newton=group["gauss_newton"])
+
+
+def _average(group: Mapping[str, Any]) -> str:
+    """Name of v in the state."""
+    return "exp_avg_sq" if group["variant"] == "adam" else "exp_avg_abs"
 
 
 def _name(group: Mapping[str, Any], i: int, k: int) -> str:
@@ -259,7 +282,7 @@ def _update(group: Mapping[str, Any], rows: list[Row]) -> None:
     """The update of the class's docstring, of several parameters together."""
     columns: Any = zip(*rows, strict=True)
     p, g, h, states = columns
-    steps, m, v = ([state[key] for state in states] for key in ("step", "exp_avg", "exp_avg_sq"))
+    steps, m, v = ([state[key] for state in states] for key in ("step", "exp_avg", _average(group)))
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     if group["maximize"]:
         g = torch._foreach_neg(g)
@@ -272,9 +295,16 @@ def _update(group: Mapping[str, Any], rows: list[Row]) -> None:
     torch._foreach_mul_(m, beta1)
     torch._foreach_add_(m, g, alpha=1 - beta1)
     torch._foreach_mul_(v, beta2)
-    torch._foreach_addcmul_(v, h, h, 1 - beta2)
-    denominator = torch._foreach_sqrt(v)
-    torch._foreach_div_(denominator, [math.sqrt(1 - beta2**k) for k in t])
+    if group["variant"] == "adam":
+        torch._foreach_addcmul_(v, h, h, 1 - beta2)
+    else:
+        torch._foreach_add_(v, torch._foreach_abs(h), alpha=1 - beta2)
+    correction = [1 - beta2**k for k in t]
+    if group["variant"] == "newton":
+        denominator = torch._foreach_div(v, correction)
+    else:
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominator, [math.sqrt(c) for c in correction])
     torch._foreach_add_(denominator, group["eps"])
     torch._foreach_addcdiv_(p, m, denominator, [-lr / (1 - beta1**k) for k in t])
 
@@ -287,3 +317,5 @@ def _check(group: Mapping[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"AdaHesScale: betas must be two numbers from [0, 1), got {betas}")
+    if group["variant"] not in ("adam", "sqrt", "newton"):
+        raise ValueError(f"AdaHesScale: variant must be 'adam', 'sqrt' or 'newton', got {group['variant']!r}")
