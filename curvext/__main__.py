@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from . import __version__, demo, support
+from .demo import train
 
 
 class Command(NamedTuple):
@@ -34,6 +35,12 @@ COMMANDS = {
         "Write the table of supported operations, generated from the registry of rules.",
         _path,
         lambda args: support.write(args.path),
+    ),
+    "train": Command(
+        "compare optimizers on a data set, with a table, a plot and JSON",
+        train.__doc__,
+        train.arguments,
+        train.main,
     ),
 }
 
