@@ -160,3 +160,56 @@ def test_operators(tmp_path, capsys, monkeypatch):
     assert set(results["models"][name]) == {"products", "twenty", "columns", "memory"}
     assert results["density"]["none"]["products"] == 2
     assert "GaussNewton" in capsys.readouterr().out
+
+
+@pytest.fixture
+def optimizers():
+    return importlib.import_module("optimizers")
+
+
+def test_optimizers(optimizers, tmp_path, capsys):
+    output, names = tmp_path / "optimizers.json", ["Adam", "NewtonCG-GN", "AdaHessian"]
+    chosen = ["--tasks", "diabetes", "digits", "--optimizers", *names]
+    optimizers.main(["--quick", *chosen, "--output", str(output), "--figures", str(tmp_path)])
+    results = json.loads(output.read_text())
+    assert results["environment"]["torch"] == torch.__version__ and list(results["tasks"]) == ["diabetes", "digits"]
+    for name, task in results["tasks"].items():
+        assert (tmp_path / f"{name}.png").exists() and list(task["optimizers"]) == names
+        for found in task["optimizers"].values():
+            (counted,), (timed,) = found["counted"], found["timed"]
+            assert counted["work"][-1] >= task["work"] and len(found["tuning"]) == 2  # a finished step may go beyond
+            assert counted["loss"][-1] == timed["loss"][-1] and counted["steps"][-1] == timed["steps"][-1]
+            assert timed["seconds"][-1] > 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+
+
+def test_characters_follow_their_context(optimizers):
+    task = optimizers.characters(0, most=50)
+    model, (x, y) = task.make(), task.train
+    assert x.shape == (40, 8) and model(x).shape == (40, int(torch.cat([y, task.test[1]]).max()) + 1)
+    rows = torch.cat([x, task.test[0]]).tolist()
+    targets = torch.cat([y, task.test[1]]).tolist()
+    following = {tuple(row): target for row, target in zip(rows, targets, strict=True)}
+    assert sum(tuple([*row[1:], following[tuple(row)]]) in following for row in rows) == 49  # all but the last
+
+
+def test_optimizers_leave_missing_data_out(optimizers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(optimizers, "DEMO", tmp_path)
+    results = optimizers.main(["--quick", "--tasks", "mnist-demo", "--output", str(tmp_path / "none.json")])
+    assert results["tasks"] == {} and "mnist-demo is left out" in capsys.readouterr().out
+
+
+def test_optimizers_reach_a_goal(optimizers):
+    runs = [optimizers.Run(work=[0, 1, 2], loss=loss) for loss in ([3, 2, 1], [3, 1.5, 1])]
+    assert optimizers.reached(runs, "work", 1.5) == 1.5
+    assert optimizers.reached(runs, "work", 0.5) is None
+
+
+def test_adahessian_is_its_rule(optimizers):
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    kernel = torch.nn.Parameter(torch.rand(1, 1, 2, 2))
+    optimizer = optimizers.AdaHessian([p, kernel], lr=0.5, betas=(0.0, 0.0), eps=0)
+    optimizer.step(lambda: (p**2 * torch.tensor([1.0, -2.0, 3.0])).sum() + (kernel**4).sum())
+    torch.testing.assert_close(p.detach(), torch.tensor([0.5, 3.0, 1.5]))  # g / |h| is p but for its sign
+    assert kernel.hesscale.unique().numel() == 1

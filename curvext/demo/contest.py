@@ -167,11 +167,11 @@ def train(
         readings: how often loss and score are read, at most; they take no part in ``seconds`` and ``work``.
         tick: called after every step with the run and the share of the budget that is used.
     """
+    unit = task.gradient_flops() if work < math.inf else 0  # before the seed, which its model draws from
     torch.manual_seed(seed)
     model = task.make()
     optimizer = method.make(model.parameters(), lr=lr)
     size = None if method.full_batch else batch
-    unit = task.gradient_flops() if work < math.inf else 0
     run, spent, seconds, flops = Run(), 0.0, 0.0, 0
     for done, (x, y) in enumerate(task.batches(size, seed)):
         passes = done * len(x) / len(task.train[0])
