@@ -226,8 +226,12 @@ class Outer(PerSample):
 
     def sample_squares(self) -> Tensor:
         if self.positions == 1:
-            return self._laid(squared(self.s).mT * self.x.square())
+            return self.squared().dense().squeeze(0)
         return self._laid(torch.cat([block.square_().sum(2) for block in self._blocks()]))
+
+    def squared(self) -> Outer:
+        """Σ_v [v, n]² of a map without positions, as one column that is not formed."""
+        return replace(self, s=squared(self.s).unsqueeze(0), x=self.x.square(), wave=None)
 
     def _blocks(self) -> Iterator[Tensor]:
         """``[N', G, V, O, I]`` for a few samples at a time: one product of matrices a sample and group."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..persample import Dense
+from ..persample import Dense, Outer
 from ..wave import Wave
 from .base import Quantity, Target
 from .waves import Arrived, Factor, arrived, formed
@@ -77,6 +77,7 @@ class DiagGGNMC(_MonteCarlo, _Diagonal):
 
 class _BatchDiagonal(_FactorReading):
     per_sample = True
+    recycles = True
 
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
@@ -84,6 +85,8 @@ class _BatchDiagonal(_FactorReading):
     def of(self, found: Arrived, target: Target) -> Tensor:
         samples = found.owned(type(self).__name__)
         assert samples is not None
+        if isinstance(samples, Outer) and samples.positions == 1:
+            return formed(samples.squared(), target, self.savefield, samples.size[1:])
         return samples.sample_squares()
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
