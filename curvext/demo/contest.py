@@ -96,7 +96,7 @@ def methods() -> dict[str, Method]:
 
 
 def _variants() -> dict[str, Method]:
-    small = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    small = (3e-5, 1e-4, 5e-4, 2e-3, 1e-2)  # no bound on a step: networks of ReLU need the lowest
     return {
         "AdaHesScale": Method(optim.AdaHesScale, 3e-3, small),
         "AdaHesScaleGN": Method(partial(optim.AdaHesScale, gauss_newton=True), 1e-3, small),
