@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
@@ -110,7 +110,8 @@ class extend(TorchFunctionMode):
         keep()
         self.model, self.only, self.samples, self.hook = kept(model), only, samples, extension_hook
         self.entries = checked(quantities or (HesScale(),))
-        assigned(self.model, self.entries, trained(named(self.model)), only)
+        if not isinstance(model, nn.Module) or only is not None or any(entry.where for entry in self.entries):
+            assigned(self.model, self.entries, trained(named(self.model)), only)  # once more on entering the block
         if probes < 1 or enumerate_up_to < 0 or (samples is not None and samples < 1):
             raise ValueError(
                 f"extend: probes and samples must be >= 1 and enumerate_up_to >= 0, got {probes}, {samples} and "
