@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvext.optim import LBFGS, GradientDescent, NewtonCG, SaddleFreeNewton
+from curvext.optim import LBFGS, GaussNewtonCG, GradientDescent, HessianFree, NewtonCG, SaddleFreeNewton
 from curvext.solvers import Constant, FullStep, LevenbergMarquardt, StrongWolfe
 
 # name: class, settings. An optimizer that curvext.optim exports and that is not here fails the suite.
@@ -23,6 +23,12 @@ CASES = {
         NewtonCG,
         {"curvature": "gauss_newton", "damping": LevenbergMarquardt(first=0.1), "preconditioner": "kfac"},
     ),
+    "Gauss-Newton-CG": (GaussNewtonCG, {}),
+    "Gauss-Newton-CG, kflr": (GaussNewtonCG, {"preconditioner": "kflr", "tolerance": 0.3}),
+    "Hessian-free": (HessianFree, {}),
+    "Hessian-free, hesscale": (HessianFree, {"preconditioner": "hesscale", "damping": LevenbergMarquardt(first=0.1)}),
+    "Hessian-free, Hessian": (HessianFree, {"curvature": "hessian", "negative": "absolute", "backtracking": False}),
+    "Hessian-free, blocks": (HessianFree, {"blocks": "group", "decay": 0.5}),
     "saddle-free, Lanczos": (SaddleFreeNewton, {"products": 8}),
     "saddle-free, Lanczos, adaptive": (SaddleFreeNewton, {"products": 4, "momentum": "adaptive"}),
     "saddle-free, Lanczos, momentum": (SaddleFreeNewton, {"products": 4, "momentum": 0.3, "line_search": None}),

@@ -1,0 +1,91 @@
+"""Gauss-Newton by conjugate gradients, the method of Wang, Tan and Lin for convolutional networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from ..solvers import Armijo, LevenbergMarquardt, Solution, cg
+from .base import ClosureOptimizer, Damping, Found, LineSearch, Objective, Report
+from .precondition import Preconditioner
+from .precondition import preconditioner as by_name
+
+
+class GaussNewtonCG(ClosureOptimizer):
+    """θ ← θ + α lr d, with (G + λ I) d ≈ -∇f by conjugate gradients, G the Gauss-Newton matrix of some of the data.
+
+        optimizer = GaussNewtonCG(model.parameters(), weight_decay=1 / C)
+        loss = optimizer.step(all_data, some_data)  # two closures that return (loss, outputs)
+
+    f and ∇f are those of the first closure, G that of the second, or of the first if there is one only. Lin and others
+    take all data and 5 %, and minimise ‖θ‖² / 2C + 1/l Σ ξ with C = C_user l: give ``weight_decay=1 / C``, and mean
+    losses. CG ends with ‖(G + λ I) d + ∇f‖ <= ``tolerance`` ‖∇f‖; then α = 1, ½, ... by Armijo's rule.
+
+    λ follows Levenberg and Marquardt, with ρ the decrease over that of the model without damping,
+
+        α ∇fᵀd + ½ α² dᵀG d,   dᵀG d = dᵀ(-∇f - r - λ d),   r = -∇f - (G + λ I) d,
+
+    which needs no further product (one, if groups differ in ``lr``).
+
+    Args:
+        params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
+        steps: of CG, at most; one product each.
+        tolerance: see above.
+        damping: a rule for λ. By default λ starts at 1, falls to ⅔ where ρ > ¾ and rises to 1½ where ρ < ¼; it does
+            not rise where the line search has shortened the step, and starts again after two solves of one product,
+            else it winds up where the loss has kinks. ``LevenbergMarquardt(guard=False)`` is the source's own.
+        preconditioner: a name or an object of :mod:`curvext.optim.precondition`; the source has none.
+        line_search: ``Armijo()``; ``None`` for α = 1 if that is lower, else no step.
+
+    Source: Wang, Tan & Lin 2020, Newton methods for convolutional neural networks, https://arxiv.org/abs/1811.06100.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        *,
+        steps: int = 250,
+        tolerance: float = 0.1,
+        damping: Damping | None = None,
+        preconditioner: str | Preconditioner | None = None,
+        line_search: LineSearch | None = Armijo(),  # noqa: B008
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+    ):
+        if steps < 1 or not 0 <= tolerance < 1:
+            raise ValueError(f"GaussNewtonCG: steps={steps} >= 1 and 0 <= tolerance={tolerance} < 1 are needed")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        self.steps, self.tolerance, self.line_search = steps, tolerance, line_search
+        self.damping, self.preconditioner = damping or LevenbergMarquardt(), by_name(preconditioner)
+
+    def _step(self, objective: Objective) -> Report:
+        point = objective.point(products=objective.curvature_closure is None and "gauss_newton")
+        curved, g = objective.curved(point), point.gradient
+        λ = self.carried.get("damping", getattr(self.damping, "first", 0.0))
+        M = None if self.preconditioner is None else self.preconditioner(curved, λ)
+        G = curved.curvature("gauss_newton")
+        solution = cg(G, -g, damping=λ, preconditioner=M, tolerance=self.tolerance, steps=self.steps)
+        if solution.reason == "preconditioner not positive definite":
+            raise CurvatureError(f"GaussNewtonCG: the preconditioner {self.preconditioner} is not positive definite")
+        d, α = solution.x, objective.lr
+        κ = α**2 * undamped(solution, g, λ) if isinstance(α, float) else float((α * d).dot(G @ (α * d)))
+        name = f"Gauss-Newton ({solution.reason})"
+        found = objective.search(point, self.line_search, {name: d, "steepest descent": -g})
+        ratio = found.ratio(point, float(g.dot(α * d)), κ) if found.name == name else -torch.inf
+        self._damp(λ, ratio, found, solution.steps)
+        details = {"damping": λ, "ratio": ratio, "curvature": κ, "solver": solution.reason}
+        return found.report(point, curved.products, **details)
+
+    def _damp(self, λ: float, ratio: float, found: Found, steps: int) -> None:
+        short = self.carried["short"] = self.carried.get("short", 0) + 1 if steps <= 1 else 0
+        self.carried["damping"] = self.damping(λ, ratio, step=found.step.size, short=short)
+
+
+def undamped(solution: Solution, g: Tensor, damping: float) -> float:
+    """dᵀG d where CG ended on (G + λ I) d = -g, from the value of its model, φ = gᵀd + ½ dᵀ(G + λ I) d."""
+    assert solution.values is not None
+    return float(2 * (solution.values[-1] - g.dot(solution.x)) - damping * solution.x.dot(solution.x))
