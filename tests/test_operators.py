@@ -18,6 +18,7 @@ from curvext.operators import (
     Fisher,
     GaussNewton,
     Hessian,
+    HierarchicalOperator,
     Identity,
     Jacobian,
     Kronecker,
@@ -72,6 +73,9 @@ STRUCTURED = {
     "Kronecker": lambda: Kronecker(positive(2), positive(5), space=SPACE),
     "Kronecker, rectangular": lambda: kronecker(3, 2),
     "Kronecker, three": lambda: Kronecker(positive(2), positive(3), positive(2)),
+    "hierarchical": lambda: HierarchicalOperator.from_operator(
+        Dense(positive(10), SPACE, symmetric=True), 1e-12, leaf=2, max_products=1000
+    ),
     "block diagonal": lambda: BlockDiagonal([Kronecker(positive(2), positive(3)), Dense(positive(4))], SPACE),
     "block diagonal, by name": lambda: BlockDiagonal({"w": Kronecker(positive(2), positive(3)), "b": Identity(2)}),
 }

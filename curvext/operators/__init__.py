@@ -1,6 +1,7 @@
 """Matrix-free linear operators: ``Hessian(model, loss, data) @ v``, structured operators, and their algebra."""
 
 from .. import rules as rules  # first: what operators use needs the rules
+from ..hierarchical.hodlr import HierarchicalOperator as HierarchicalOperator
 from .base import Operator as Operator
 from .curvature import EmpiricalFisher as EmpiricalFisher
 from .curvature import Fisher as Fisher

@@ -1,0 +1,251 @@
+"""From an operator's products to an approximation whose error has been verified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CurvatureError
+from ..operators.base import Operator
+from .hodlr import HierarchicalOperator
+from .levels import pairs
+from .lowrank import low_rank, with_diagonal
+from .peel import Peeling, Source
+from .tree import ClusterTree
+from .update import compressed, plus
+
+PROBES = 16
+
+
+def approximate(
+    operator: Any,
+    tolerance: float | None = None,
+    *,
+    max_bytes: int | None = None,
+    max_products: int | None = None,
+    format: str = "hodlr",
+    order: str | Tensor = "row",
+    leaf: int | None = None,
+    generator: torch.Generator | None = None,
+) -> HierarchicalOperator:
+    """A hierarchical approximation of a symmetric operator, from products alone.
+
+    Peeling takes 2 × 16 + Σₗ (2 Rₗ + 8) + leaf products, with Rₗ columns drawn at level l (``sampled``), in O(log n)
+    levels, where the blocks off the diagonal are of low rank; where the error is too large, some more. It pays where
+    that is so: kernels, fields, many outputs, Hessians at initialisation. Gauss-Newton matrices of trained classifiers
+    are closer to low rank across the whole: ``format="auto"`` finds out.
+
+    Args:
+        operator: symmetric, anything with ``.shape`` and ``@``; dense tensors too.
+        tolerance: ‖A - result‖ / ‖A‖ in Frobenius norm. It holds up to the noise of 16 probes (about 10%).
+        max_bytes: what the result may take. Alone, the best within them; with ``tolerance``, refused if both do not go
+            together.
+        max_products: refused beyond; n if not given, as then the whole matrix could be had.
+        format: ``"hodlr"``; ``"lowrank"``, low rank and a diagonal; ``"auto"``, the one with the smaller error within
+            ``max_bytes``, or without, the smaller one within ``tolerance``.
+        order: of the tree, see :class:`ClusterTree`.
+        leaf: entries of a leaf; 32, or less where ``max_bytes`` are few.
+        generator: of random numbers.
+
+    Source: Lin, Lu & Ying 2011; Martinsson 2016; Halko, Martinsson & Tropp 2011.
+    """
+    like = _like(operator)
+    _check(operator, tolerance, max_bytes, format, like)
+    n = operator.shape[0]
+    tree = _tree(operator, leaf or _leaf(n, max_bytes, like.element_size()), order)
+    source = Source(operator, tree, like, n if max_products is None else max_products, generator)
+    result = (_best if format == "auto" else FORMATS[format])(source, tolerance, max_bytes)
+    result.products = source.products
+    return _labelled(result, operator)
+
+
+def _like(operator: Any) -> Tensor:
+    return torch.empty(0, dtype=getattr(operator, "dtype", None), device=getattr(operator, "device", None))
+
+
+def _check(operator: Any, tolerance: float | None, max_bytes: int | None, format: str, like: Tensor) -> None:
+    if len(operator.shape) != 2 or operator.shape[0] != operator.shape[1]:
+        raise ValueError(f"HierarchicalOperator: an operator of shape {tuple(operator.shape)} is not square")
+    if tolerance is None and max_bytes is None:
+        raise ValueError("HierarchicalOperator: pass tolerance, max_bytes or both")
+    if format not in (*FORMATS, "auto"):
+        raise ValueError(f"HierarchicalOperator: format {format!r}; there are {[*FORMATS, 'auto']}")
+    least = 1e-6 if like.dtype == torch.float32 else 1e-12
+    if tolerance is not None and not least <= tolerance < 1:
+        raise ValueError(f"HierarchicalOperator: tolerance={tolerance} in {like.dtype}: from {least} to below 1")
+
+
+def _leaf(n: int, max_bytes: int | None, size: int) -> int:
+    return 32 if max_bytes is None else min(32, max(2, max_bytes // (2 * n * size)))
+
+
+def _tree(operator: Any, leaf: int, order: str | Tensor) -> ClusterTree:
+    """Matrices below two leaves are dense."""
+    n = operator.shape[0]
+    domain = operator.domain if isinstance(operator, Operator) else None
+    return ClusterTree(n if domain is None else domain, n if n < 2 * leaf else leaf, order)
+
+
+def _labelled(result: HierarchicalOperator, operator: Any) -> HierarchicalOperator:
+    if isinstance(operator, Operator):
+        result.domain, result.image = operator.domain, operator.domain
+    return result
+
+
+class Probes:
+    """Products with Gaussian vectors: the norm of A, whether it is symmetric, and errors."""
+
+    def __init__(self, source: Source):
+        self.vectors = source.tree.enter(source.tree.leave(source.normal(source.tree.size, PROBES)))
+        self.products = source(self.vectors)
+        self.scale = float(self.products.double().square().sum().div(PROBES).sqrt())
+        if not math.isfinite(self.scale):
+            raise CurvatureError("HierarchicalOperator: products with the operator are not finite")
+
+    def error(self, result: HierarchicalOperator) -> float:
+        """‖(A - result) Ω‖ / ‖A Ω‖."""
+        missing = float((self.products - result.inner(self.vectors)).double().square().sum().div(PROBES).sqrt())
+        return missing / self.scale if self.scale else missing
+
+    def check_symmetry(self) -> None:
+        """Of Ωᵀ A Ω."""
+        s = self.vectors.mT @ self.products
+        if float((s - s.mT).norm()) > PROBES * self.scale * (1e-7 if s.dtype == torch.float64 else 1e-3):
+            raise CurvatureError(
+                "HierarchicalOperator: the operator is not symmetric: xᵀAy and yᵀAx differ. Take (A + A.T) / 2, or AᵀA"
+            )
+
+
+def _begin(source: Source) -> Probes:
+    probes = Probes(source)
+    probes.check_symmetry()
+    return probes
+
+
+def hodlr(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
+    """By peeling; tightened until the error, as probes see it, is within the tolerance."""
+    if not source.tree.depth:
+        return _within(_dense(source), max_bytes, tolerance)
+    probes = _begin(source)
+    total = None if max_bytes is None else _ranks(source, max_bytes)
+    if tolerance is not None:
+        result = _tightened(source, probes.scale, tolerance)
+    else:
+        cap = total + 8 if total is not None else None
+        result = _peeled(source, probes.scale, 1e-9, [], cap)
+    if total is not None and sum(result.ranks) > total:
+        result = _carry(result, compressed(result, ranks=total))
+    if result.error is None:
+        result.error = Probes(source).error(result)
+    return _within(result, max_bytes, tolerance)
+
+
+def _dense(source: Source) -> HierarchicalOperator:
+    a = source(torch.eye(source.tree.size, dtype=source.like.dtype, device=source.like.device))
+    if float((a - a.mT).norm()) > float(a.norm()) * (1e-7 if a.dtype == torch.float64 else 1e-3):
+        raise CurvatureError("HierarchicalOperator: the operator is not symmetric. Take (A + A.T) / 2, or AᵀA")
+    result = HierarchicalOperator(source.tree, [], ((a + a.mT) / 2).unsqueeze(0))
+    result.error, result.scale = 0.0, float(a.norm())
+    return result
+
+
+def _ranks(source: Source, max_bytes: int) -> int:
+    """What the levels' ranks may add up to."""
+    total = max_bytes // source.like.element_size() // source.tree.size - source.tree.leaf
+    if total < 1:
+        raise CurvatureError(
+            f"HierarchicalOperator: max_bytes={max_bytes} leave nothing beside leaves of {source.tree.leaf} entries; "
+            "pass a smaller leaf or more bytes"
+        )
+    return total
+
+
+def _tightened(source: Source, scale: float, tolerance: float) -> HierarchicalOperator:
+    inner, start = tolerance / 2, []  # type: tuple[float, list[Tensor]]
+    for _ in range(8):
+        result = _peeled(source, scale, inner, start, None)
+        result.error = Probes(source).error(result)
+        if result.error <= 0.9 * tolerance:
+            return result
+        inner *= min(0.7, 0.8 * tolerance / result.error)
+        start = [torch.linalg.qr(pairs(f, level)[:, 0])[0] for level, f in enumerate(result.levels, 1)]
+    raise CurvatureError(
+        f"HierarchicalOperator: the error stays at {result.error:.1e}, above tolerance={tolerance}: are products with "
+        "the operator as accurate, and the same every time?"
+    )
+
+
+def _peeled(source: Source, scale: float, inner: float, start: list[Tensor], cap: int | None) -> HierarchicalOperator:
+    peeling = Peeling(source, source, (inner * scale) ** 2, scale, cap, start=start)
+    result = peeling.run()
+    result.sampled, result.scale = peeling.sampled, scale
+    return result
+
+
+def _carry(old: HierarchicalOperator, new: HierarchicalOperator) -> HierarchicalOperator:
+    new.sampled, new.scale = old.sampled, old.scale
+    return new
+
+
+def _within(result: HierarchicalOperator, max_bytes: int | None, tolerance: float | None) -> HierarchicalOperator:
+    if max_bytes is not None and result.bytes > max_bytes:
+        raise CurvatureError(f"HierarchicalOperator: {result.bytes} bytes are needed, above max_bytes={max_bytes}")
+    if tolerance is not None and result.error is not None and result.error > tolerance:
+        raise CurvatureError(
+            f"HierarchicalOperator: the error is {result.error:.1e} within the bytes or products allowed, above "
+            f"tolerance={tolerance}; allow more, or a larger tolerance"
+        )
+    return result
+
+
+def lowrank(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
+    """Low rank and a diagonal."""
+    probes, fresh = _begin(source), Probes(source)
+    result = with_diagonal(low_rank(source, probes, tolerance, max_bytes), probes, fresh)
+    result.error, result.scale = fresh.error(result), probes.scale
+    return _within(result, max_bytes, tolerance)
+
+
+FORMATS = {"lowrank": lowrank, "hodlr": hodlr}
+
+
+def _best(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
+    """Both formats, and of those that are possible the one with the least error, or the least bytes."""
+    results, refused, limit = [], [], source.limit
+    for name, build in FORMATS.items():
+        source.limit = limit // 2 if name == "lowrank" else limit
+        try:
+            results.append(build(source, tolerance, max_bytes))
+        except CurvatureError as error:
+            refused.append(f"{name}: {error}")
+    if not results:
+        raise CurvatureError("; ".join(refused))
+    return min(results, key=lambda r: r.bytes if max_bytes is None else r.error or 0.0)
+
+
+def correct(
+    old: HierarchicalOperator,
+    operator: Any,
+    tolerance: float,
+    max_products: int | None = None,
+    generator: torch.Generator | None = None,
+) -> HierarchicalOperator:
+    """See :func:`curvext.hierarchical.update.refreshed`."""
+    source = Source(operator, old.tree, old.leaves, max_products or old.tree.n, generator)
+    probes = _begin(source)
+    result, inner = old.with_parts(old.levels, old.leaves), tolerance / 2
+    result.error, limit = probes.error(old), 1.25 * tolerance
+    while result.error > limit:
+        peeling = Peeling(source, _difference(source, result), (inner * probes.scale) ** 2, probes.scale)
+        result = compressed(plus(result, peeling.run(), 1.0, 1.0), tolerance=tolerance / 8)
+        result.error, limit, inner = Probes(source).error(result), tolerance, inner * 0.6
+    result.products, result.scale = source.products, probes.scale
+    return result
+
+
+def _difference(source: Source, result: HierarchicalOperator) -> Callable[[Tensor], Tensor]:
+    return lambda v: source(v) - result.inner(v)

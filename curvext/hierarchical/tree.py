@@ -1,0 +1,95 @@
+"""The tree that says which entries are near each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..operators.space import Space
+
+
+class ClusterTree:
+    """A complete binary tree over n indices in some order, padded at the end.
+
+    Level l has 2ˡ nodes of ``size / 2ˡ`` neighbours, level ``depth`` the leaves, of ``leaf`` entries each. As all nodes
+    of a level are of one size, a level is one batched operation.
+
+    Args:
+        n: the number of indices, or the :class:`~curvext.operators.Space` of parameters.
+        leaf: the largest leaf; leaves are of ``ceil(n / 2^depth)`` entries, so that padding is below one entry a leaf.
+        order: for parameters: ``"row"``, by module, output unit, inputs, a bias next to its unit's weights;
+            ``"column"``, by module and input unit; ``"flat"``, as they are. For both: ``"random"``, to compare with, or
+            a permutation ``[n]``: the indices in the order of the tree.
+    """
+
+    def __init__(self, n: int | Space, leaf: int = 32, order: str | Tensor | Sequence[int] = "row"):
+        self.n = n if isinstance(n, int) else n.size
+        if leaf < 1 or self.n < 1:
+            raise ValueError(f"ClusterTree: n={self.n} and leaf={leaf} must be positive")
+        self.depth = max(0, math.ceil(math.log2(self.n / leaf)))
+        self.leaf = math.ceil(self.n / 2**self.depth)
+        self.size = self.leaf << self.depth
+        self.permutation = _permutation(n, order)
+        self._back = None if self.permutation is None else self.permutation.argsort()
+
+    def enter(self, v: Tensor) -> Tensor:
+        """``[n, K]`` in the order of the tree, with zeros at the end: ``[size, K]``."""
+        v = v if self.permutation is None else v[self.permutation.to(v.device)]
+        return v if self.size == self.n else torch.cat([v, v.new_zeros(self.size - self.n, v.shape[1])])
+
+    def leave(self, v: Tensor) -> Tensor:
+        """``[size, K]`` in the order of the operator, without the padding: ``[n, K]``."""
+        v = v[: self.n]
+        return v if self._back is None else v[self._back.to(v.device)]
+
+    def padding(self, device: torch.device) -> Tensor:
+        """Ones where the padding is, ``[size]``."""
+        return (torch.arange(self.size, device=device) >= self.n).double()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClusterTree):
+            return NotImplemented
+        same = (self.n, self.leaf, self.depth) == (other.n, other.leaf, other.depth)
+        a, b = self.permutation, other.permutation
+        return same and (a is b or (a is not None and b is not None and torch.equal(a, b)))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"ClusterTree({self.n}, leaf={self.leaf}, depth={self.depth})"
+
+
+def _permutation(n: int | Space, order: str | Tensor | Sequence[int]) -> Tensor | None:
+    size = n if isinstance(n, int) else n.size
+    if not isinstance(order, str):
+        return _checked(torch.as_tensor(order), size)
+    if order == "random":
+        return torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    if order not in ("row", "column", "flat"):
+        raise ValueError(f"ClusterTree: order {order!r}; there are 'row', 'column', 'flat', 'random' and permutations")
+    if isinstance(n, int) or order == "flat":
+        return None
+    return torch.cat(list(_by_module(n, order)))
+
+
+def _checked(order: Tensor, size: int) -> Tensor:
+    if order.shape != (size,) or not torch.equal(order.sort().values.cpu(), torch.arange(size)):
+        raise ValueError(f"ClusterTree: order {tuple(order.shape)} is not a permutation of {size} indices")
+    return order
+
+
+def _by_module(space: Space, order: str) -> list[Tensor]:
+    """Module after module; the tensors of one that agree on the number of units run side by side."""
+    modules: dict[tuple[str, int], list[Tensor]] = {}
+    start = 0
+    for name, shape in space.shapes.items():
+        places = torch.arange(start, start + shape.numel()).reshape(shape)
+        start += shape.numel()
+        if order == "column" and len(shape) > 1:
+            places = places.transpose(0, 1)
+        units = places.shape[0] if shape else 1
+        modules.setdefault((name.rpartition(".")[0], units), []).append(places.reshape(units, -1))
+    return [torch.cat(tensors, 1).flatten() for tensors in modules.values()]

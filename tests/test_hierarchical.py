@@ -1,0 +1,316 @@
+"""Hierarchical approximations are as accurate as they say, cost what they say, and refuse what they cannot do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from pytest import approx, fixture, mark, raises
+from torch import Tensor, nn
+
+from curvext import CurvatureError
+from curvext.hierarchical.tree import ClusterTree
+from curvext.operators import Dense, GaussNewton, HierarchicalOperator, Space
+from curvext.solvers import cg
+
+pytestmark = mark.usefixtures("float64")
+build = HierarchicalOperator.from_operator
+
+
+def kernel(n: int) -> Tensor:
+    """Two length scales on a line."""
+    t = torch.linspace(0, 1, n)
+    d = (t[:, None] - t).abs()
+    return 1 / (1 + (200 * d) ** 2) + torch.exp(-d / 0.1)
+
+
+def plane(side: int) -> Tensor:
+    """A Gaussian kernel on a grid, row by row."""
+    t = torch.linspace(0, 1, side)
+    x = torch.cartesian_prod(t, t)
+    return torch.exp(-(torch.cdist(x, x) ** 2) / 0.1) + 0.1 * torch.eye(side**2)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def spread(n: int, rank: int) -> Tensor:
+    """Positive, with a decaying spectrum and no structure."""
+    q = torch.linalg.qr(torch.randn(n, rank))[0]
+    return (q * torch.logspace(0, -2, rank)) @ q.T
+
+
+class Counted:
+    """Any operator, and the columns it was asked for."""
+
+    def __init__(self, a: Tensor):
+        self.a, self.shape, self.dtype, self.device, self.columns = a, a.shape, a.dtype, a.device, 0
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        self.columns += v.shape[1]
+        return self.a @ v
+
+
+class TestTree:
+    @given(n=st.integers(1, 200), leaf=st.integers(1, 40), order=st.sampled_from(["row", "random"]))
+    def test_there_and_back(self, n, leaf, order):
+        tree, v = ClusterTree(n, leaf, order), torch.randn(n, 2)
+        assert torch.equal(tree.leave(tree.enter(v)), v)
+        assert tree.leaf <= leaf and tree.size == tree.leaf << tree.depth and tree.size - n < 2**tree.depth
+        assert tree.padding(v.device).sum() == tree.size - n
+
+    def test_a_bias_is_next_to_its_row(self):
+        space = Space.of(dict(nn.Linear(3, 2).named_parameters(prefix="a")))
+        assert ClusterTree(space).permutation.tolist() == [0, 1, 2, 6, 3, 4, 5, 7]
+        assert ClusterTree(space, order="column").permutation.tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
+        assert ClusterTree(space, order="flat").permutation is None
+
+    def test_refused(self):
+        with raises(ValueError, match="permutation"):
+            ClusterTree(3, order=[0, 1, 1])
+        with raises(ValueError, match="there are"):
+            ClusterTree(3, order="best")
+        with raises(ValueError, match="positive"):
+            ClusterTree(3, leaf=0)
+
+
+class TestPeeling:
+    @mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4, 1e-6])
+    @mark.parametrize("matrix", [lambda: kernel(1000), lambda: plane(30)], ids=["line", "plane"])
+    def test_error_products_and_bytes(self, matrix, tolerance):
+        a = Counted(matrix())
+        h = build(a, tolerance)
+        assert error(h.to_dense(), a.a) <= 1.1 * tolerance
+        assert h.error == approx(error(h.to_dense(), a.a), rel=0.35)
+        assert h.products == a.columns <= len(a.a)
+        assert h.bytes == 8 * h.tree.size * (sum(h.ranks) + h.tree.leaf)
+
+    def test_products_by_the_formula(self):
+        a = kernel(2000)
+        h = build(a, 1e-3)
+        assert h.products == 2 * 16 + sum(2 * rank + 8 for rank in h.sampled) + h.tree.leaf
+
+    def test_exact_where_the_matrix_is(self):
+        n, tree = 300, ClusterTree(300, 20, "random")
+        levels = [torch.randn(tree.size, 3) * (1 - tree.padding(torch.device("cpu"))).unsqueeze(1) for _ in range(4)]
+        leaves = torch.randn(16, tree.leaf, tree.leaf)
+        a = HierarchicalOperator(tree, levels, leaves + leaves.mT).to_dense()
+        assert error(a, a.T) <= 1e-14
+        h = build(a, 1e-12, leaf=20, order=tree.permutation)
+        assert error(h.to_dense(), a) <= 1e-10 and h.ranks == [3] * 4 and h.shape == (n, n)
+
+    def test_in_the_order_of_the_operator(self):
+        a, mixed = kernel(500), torch.randperm(500)
+        h = build(a[mixed][:, mixed], 1e-5, order=mixed.argsort())
+        assert error(h.to_dense(), a[mixed][:, mixed]) <= 1e-5
+
+    @mark.parametrize("exhausted", [lambda n: torch.ones(n, n), lambda n: torch.zeros(n, n), lambda n: spread(n, 5)])
+    def test_exhausted_directions(self, exhausted):
+        a = exhausted(400)
+        assert (build(a, 1e-10).to_dense() - a).norm() <= 1e-9 * max(1.0, float(a.norm()))
+
+    def test_growth(self):
+        sizes = [256, 512, 1024, 2048]
+        built = [build(kernel(n), 1e-6, max_products=10**4) for n in sizes]
+        exponent = math.log2(built[-1].bytes / built[1].bytes) / 2
+        assert exponent <= 1.2
+        assert math.log2(built[-1].products / built[1].products) / 2 <= 0.25
+
+    def test_full_rank_is_stored_as_it_is(self):
+        a = torch.randn(100, 100)
+        h = build(a + a.T, 1e-8, leaf=10, max_products=10**4)
+        assert error(h.to_dense(), a + a.T) <= 1e-8
+
+    def test_small_matrices_are_dense(self):
+        a = torch.randn(40, 40)
+        h = build(a + a.T, 1e-3)
+        assert error(h.to_dense(), a + a.T) < 1e-14 and h.products == 40 and h.error == 0
+
+    def test_single_precision(self):
+        a = kernel(600).float()
+        h = build(a, 1e-4)
+        assert h.dtype == torch.float32 and error(h.to_dense(), a) <= 1.1e-4
+        x = h.factor(0.1).solve(a[0])
+        assert x.dtype == torch.float32 and error(h @ x + 0.1 * x, a[0]) < 1e-5
+
+    def test_generator(self):
+        draws = [build(kernel(200), 1e-3, generator=torch.Generator().manual_seed(1)).levels for _ in range(2)]
+        assert all(torch.equal(*both) for both in zip(*draws, strict=True))
+
+
+class TestRefused:
+    def test_more_products_than_rows(self):
+        with raises(CurvatureError, match="more than 400 products"):
+            build(spread(400, 400), 1e-6)
+        with raises(CurvatureError, match="more than 60 products"):
+            build(kernel(400), 1e-6, max_products=60)
+
+    def test_what_is_not_symmetric(self):
+        for n in (20, 300):
+            with raises(CurvatureError, match="not symmetric"):
+                build(torch.randn(n, n), 1e-2)
+
+    def test_what_is_not_finite(self):
+        with raises(CurvatureError, match="finite"):
+            build(torch.full((300, 300), math.nan), 1e-2)
+
+    def test_bytes_and_tolerance_that_do_not_go_together(self):
+        with raises(CurvatureError, match="above tolerance"):
+            build(kernel(1000), 1e-6, max_bytes=8 * 1000 * 24)
+        with raises(CurvatureError, match="smaller leaf"):
+            build(kernel(1000), max_bytes=8 * 1000 * 24, leaf=32)
+        with raises(CurvatureError, match="max_bytes"):
+            build(torch.eye(30), 1e-3, max_bytes=100)
+
+    def test_arguments(self):
+        with raises(ValueError, match="square"):
+            build(torch.ones(2, 3), 0.1)
+        with raises(ValueError, match="max_bytes or both"):
+            build(torch.eye(3))
+        with raises(ValueError, match="from 1e-06"):
+            build(torch.eye(3).float(), 1e-8)
+        with raises(ValueError, match="format"):
+            build(torch.eye(3), 0.1, format="h2")
+
+
+class TestBytes:
+    @mark.parametrize("rows", [24, 64])
+    def test_within_them(self, rows):
+        a = kernel(1000)
+        h = build(a, max_bytes=8 * 1000 * rows)
+        assert h.bytes <= 8 * 1000 * rows
+        assert error(h.to_dense(), a) <= {24: 2e-2, 64: 5e-5}[rows]
+
+    def test_low_rank_and_diagonal(self):
+        a = 5 * spread(500, 20) + torch.diag(torch.full((500,), 0.01))
+        h = build(a, format="lowrank", max_bytes=8 * 512 * 24)
+        assert h.bytes <= 8 * 512 * 24 and error(h.to_dense(), a) <= 1e-2 and not h.ranks
+        assert h.error == approx(error(h.to_dense(), a), rel=0.35)
+        assert error(build(a, 0.05, format="lowrank").to_dense(), a) <= 0.055
+
+    def test_auto_is_the_better_one(self):
+        local, whole = kernel(500), spread(500, 20)
+        assert build(local, max_bytes=8 * 512 * 40, format="auto").ranks
+        assert build(whole, max_bytes=8 * 512 * 24, format="auto").basis.shape[1] >= 20
+        assert build(local, 1e-3, format="auto").ranks
+
+
+CASES = {
+    "line": lambda: build(kernel(1000), 1e-8),
+    "plane, padded": lambda: build(plane(23), 1e-8, max_products=10**4),
+    "low rank and diagonal": lambda: build(plane(20), 0.1, format="lowrank"),
+    "dense": lambda: build(kernel(30), 0.1),
+    "with a part of low rank": lambda: lifted(build(kernel(300), 1e-8)),
+}
+
+
+def lifted(h: HierarchicalOperator) -> HierarchicalOperator:
+    basis, values = h.tree.enter(torch.randn(300, 3)), torch.tensor([2.0, 1.0, -1e-4])
+    return HierarchicalOperator(h.tree, h.levels, h.leaves, basis, values)
+
+
+@mark.parametrize("name", CASES)
+def test_factorization(name):
+    h, shift = CASES[name](), 0.3
+    damped = h.to_dense() + shift * torch.eye(h.shape[0])
+    p, inverse, b = h.factor(shift), torch.linalg.inv(damped), torch.randn(h.shape[0], 3)
+    assert error(damped @ p.solve(b), b) <= 1e-9
+    assert float(p.logdet()) == approx(float(torch.logdet(damped)), rel=1e-9)
+    assert error(p.diagonal(), inverse.diagonal()) <= 1e-9
+    assert float(p.trace()) == approx(float(inverse.trace()), rel=1e-9)
+    dimension = (h.to_dense() @ inverse).trace()
+    assert float(p.effective_dimension()) == approx(float(dimension), rel=1e-8)
+    assert error(h.diagonal(), h.to_dense().diagonal()) <= 1e-12
+    draws = 4000
+    values, directions = p.sample(draws), torch.randn(h.shape[0], 5)
+    want = (directions * (inverse @ directions)).sum(0)
+    seen = (directions.T @ values).square().mean(1)
+    assert ((seen - want).abs() <= 5 * want * (2 / draws) ** 0.5).all()
+
+
+class TestPositive:
+    def test_refused_or_compensated(self):
+        h = build(kernel(300) - 2 * torch.eye(300), 1e-8)
+        with raises(CurvatureError, match="positive definite"):
+            h.factor(0.1)
+        least = float(torch.linalg.eigvalsh(h.to_dense())[0])
+        p = h.factor(0.1, compensate=True)
+        assert -least - 0.1 <= p.added <= 1.34 * (-least - 0.1)
+        damped = h.to_dense() + (0.1 + p.added) * torch.eye(300)
+        assert error(p.to_dense(), torch.linalg.inv(damped)) < 1e-5
+        assert h.factor(3.0).added == 0
+
+    @given(n=st.integers(20, 90), rank=st.integers(1, 90), kept=st.integers(0, 40), seed=st.integers(0, 10**6))
+    def test_compensated_truncation(self, n, rank, kept, seed):
+        """A ≤ P ≤ A + 2 slack, so that P + δI is positive definite and a good preconditioner, whatever is left out."""
+        torch.manual_seed(seed)
+        x = torch.randn(n, rank)
+        a, shift = x @ x.T / rank, 1e-3
+        h = build(a, 1e-10, leaf=8, max_products=10**5)
+        small = h.compressed(ranks=kept, compensate=True)
+        assert sum(small.ranks) <= kept
+        gap = torch.linalg.eigvalsh(small.to_dense() - a)
+        assert gap[0] >= -1e-8 and gap[-1] <= 2 * small.slack + 1e-8
+        small.factor(shift)
+
+    def test_preconditions(self):
+        a, b, shift = kernel(1000), torch.randn(1000), 1e-3
+        p = build(a, max_bytes=8 * 1000 * 64).factor(shift, compensate=True)
+        with_it = cg(a, b, damping=shift, preconditioner=p, tolerance=1e-8)
+        assert with_it.converged and with_it.steps <= 12 < cg(a, b, damping=shift, tolerance=1e-8).steps / 5
+
+
+class TestUpdates:
+    @fixture
+    def a(self):
+        return kernel(400)
+
+    def test_low_rank(self, a):
+        x, c = torch.randn(400, 3), torch.tensor([1.0, -2.0, 0.5])
+        h = build(a, 1e-6)
+        more = h.add_low_rank(x, c)
+        want = h.to_dense() + (x * c) @ x.T
+        assert error(more.to_dense(), want) <= 1e-12
+        assert error(more.compressed(1e-12).to_dense(), want) <= 1e-10
+        assert error(more.compressed(1e-2).to_dense(), want) <= 1e-2
+        assert sum(more.compressed(1e-2).ranks) < sum(more.ranks)
+
+    def test_average(self, a):
+        old, new = build(a, 1e-6), build(a @ a / 400, 1e-6)
+        want = 0.9 * old.to_dense() + 0.1 * new.to_dense()
+        assert error(old.averaged(new, 0.9).to_dense(), want) <= 1e-12
+        assert error(old.averaged(new, 0.9, tolerance=1e-3).to_dense(), want) <= 1e-3
+        assert error(old.averaged(old, -1.0).to_dense(), a) <= 1e-5
+        with raises(ValueError, match="different trees"):
+            old.averaged(build(a, 1e-3, leaf=16), 0.5)
+
+    def test_refresh(self, a):
+        h = build(a, 1e-2)
+        same = h.refreshed(a, 1e-2)
+        assert same.products == 16 and error(same.to_dense(), h.to_dense()) == 0
+        t = torch.linspace(0, 1, 400)
+        moved = a + 0.1 * torch.exp(-(t[:, None] - t).abs() / 0.5)
+        new = h.refreshed(moved, 1e-2)
+        assert error(h.to_dense(), moved) > 2e-2 >= 2 * error(new.to_dense(), moved)
+        assert new.products <= build(moved, 1e-2).products * 1.2
+
+    def test_compressed_takes_one_measure(self, a):
+        with raises(ValueError, match="one of"):
+            build(a, 1e-2).compressed(0.1, 3)
+
+
+def test_of_a_network():
+    model = nn.Sequential(nn.Linear(12, 14), nn.Tanh(), nn.Linear(14, 12))
+    x = torch.randn(200, 12)
+    g = GaussNewton(model, F.mse_loss, (x, x))
+    h = build(g, 0.1, leaf=16, max_products=10**4)
+    assert error(h.to_dense(), g.to_dense()) <= 0.11 and h.domain == g.domain
+    v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    torch.testing.assert_close((h @ v)["0.bias"], h.domain.like({}, h @ h.domain.flatten(v))["0.bias"])
+    assert h.block("0").shape == (12 * 14 + 14,) * 2
+    damped = Dense(h.to_dense() + torch.eye(h.shape[0]))
+    assert error(h.inverse(1.0).to_dense(), torch.linalg.inv(damped.matrix)) <= 1e-10
