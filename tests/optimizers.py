@@ -28,7 +28,7 @@ CASES = {
     "Hessian-free": (HessianFree, {}),
     "Hessian-free, hesscale": (HessianFree, {"preconditioner": "hesscale", "damping": LevenbergMarquardt(first=0.1)}),
     "Hessian-free, Hessian": (HessianFree, {"curvature": "hessian", "negative": "absolute", "backtracking": False}),
-    "Hessian-free, blocks": (HessianFree, {"blocks": "group", "decay": 0.5}),
+    "Hessian-free, blocks": (HessianFree, {"blocks": "group", "decay": 0.5, "warm_ratio": True}),
     "saddle-free, Lanczos": (SaddleFreeNewton, {"products": 8}),
     "saddle-free, Lanczos, adaptive": (SaddleFreeNewton, {"products": 4, "momentum": "adaptive"}),
     "saddle-free, Lanczos, momentum": (SaddleFreeNewton, {"products": 4, "momentum": 0.3, "line_search": None}),

@@ -25,8 +25,8 @@ class HessianFree(ClosureOptimizer):
     CG starts at ``decay`` times where it ended the step before, x₀, and ends where its model m gains little
     (:class:`~curvext.solvers.Martens`). Of the iterates ⌈1.3ʲ⌉ - 1 and the last one, x, the step is the latest that is
     lower than the one before it, and then shortened by Armijo's rule, α = 1, 0.8, 0.64, ... λ follows Levenberg and
-    Marquardt with ρ = (f(θ + x) - f(θ + x₀)) / (m(x) - m(x₀)), damping included in m. Both look at full steps,
-    ``lr`` = 1: it scales what comes out.
+    Marquardt with ρ = (f(θ + x) - f(θ)) / m(x), damping included in m. Both look at full steps, ``lr`` = 1: it scales
+    what comes out.
 
     Args:
         params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
@@ -38,6 +38,8 @@ class HessianFree(ClosureOptimizer):
         negative: at negative curvature ``"stop"``, or go on with its ``"absolute"`` value.
         backtracking: whether to go back through the iterates.
         damping: a rule for λ. By default λ starts at 1, falls to ⅔ where ρ > ¾ and rises to 1½ where ρ < ¼.
+        warm_ratio: ρ = (f(θ + x) - f(θ + x₀)) / (m(x) - m(x₀)) instead, as in PyTorchHessianFree. Where f falls more
+            along x₀ than m does, that is negative however good x is, and λ winds up.
         preconditioner: a name ("fisher" as in the source, "hesscale", ...) or an object of
             :mod:`curvext.optim.precondition`.
         blocks: solve for parts of the parameters on their own, each with its own block of the matrix (Zhang et al.):
@@ -61,6 +63,7 @@ class HessianFree(ClosureOptimizer):
         negative: str = "stop",
         backtracking: bool = True,
         damping: Damping = LevenbergMarquardt(guard=False),  # noqa: B008
+        warm_ratio: bool = False,
         preconditioner: str | Preconditioner | None = None,
         blocks: str | None = None,
         line_search: LineSearch | None = Armijo(c=1e-2, shrink=0.8, trials=20),  # noqa: B008
@@ -78,7 +81,8 @@ class HessianFree(ClosureOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         self.curvature, self.steps, self.stop, self.tolerance = curvature, steps, stop, tolerance
         self.decay, self.negative, self.backtracking, self.blocks = decay, negative, backtracking, blocks
-        self.damping, self.preconditioner, self.line_search = damping, by_name(preconditioner), line_search
+        self.damping, self.warm_ratio, self.line_search = damping, warm_ratio, line_search
+        self.preconditioner = by_name(preconditioner)
 
     def _step(self, objective: Objective) -> Report:
         point = objective.point(products=objective.curvature_closure is None and self.curvature)
@@ -91,7 +95,7 @@ class HessianFree(ClosureOptimizer):
         solution = self._solve(curved, objective, g, λ, x0)
         self.remember("solution", solution.x, objective)
         s, value = solution.x, float(objective.value(solution.x))
-        ratio = self._ratio(objective, point, solution, value, x0)
+        ratio = self._ratio(objective, point, solution, value, x0 if self.warm_ratio else None)
         if self.backtracking and len(solution.iterates) > 1:
             s, _, _ = backtrack(_once(objective, solution.x, value), _nonzero(solution.iterates))
         found = objective.search(point, self.line_search, {f"CG ({solution.reason})": s, "steepest descent": -g})
@@ -113,10 +117,11 @@ class HessianFree(ClosureOptimizer):
 
     @staticmethod
     def _ratio(objective: Objective, point: Point, solution: Solution, value: float, x0: Tensor | None) -> float:
-        """ρ, from where CG started to where it ended."""
+        """ρ, from x0 (``None``: from zero) to where CG ended."""
         assert solution.values is not None
-        first = float(point.value if x0 is None else objective.value(x0))
-        return reduction_ratio(value - first, float(solution.values[-1] - solution.values[0]))
+        if x0 is None:
+            return reduction_ratio(value - float(point.value), float(solution.values[-1]))
+        return reduction_ratio(value - float(objective.value(x0)), float(solution.values[-1] - solution.values[0]))
 
     def _parts(self, objective: Objective) -> list[Tensor]:
         """For every block, the places of its entries in ``[P]``."""
