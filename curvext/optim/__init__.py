@@ -6,6 +6,7 @@ from .base import Report as Report
 from .gauss_newton_cg import GaussNewtonCG as GaussNewtonCG
 from .gradient_descent import GradientDescent as GradientDescent
 from .hessian_free import HessianFree as HessianFree
+from .kfac import KFAC as KFAC
 from .lbfgs import LBFGS as LBFGS
 from .newton_cg import NewtonCG as NewtonCG
 from .precondition import DiagonalPreconditioner as DiagonalPreconditioner

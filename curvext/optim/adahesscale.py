@@ -194,10 +194,10 @@ class AdaHesScale(Optimizer):
         return state
 
 
-def evaluate(optimizer: Optimizer, closure: Callable[[], Any], quantities: Mapping[Any, None]) -> Any:
+def evaluate(optimizer: Optimizer, closure: Callable[[], Any], quantities: Mapping[Any, None], **options: Any) -> Any:
     """The loss of a closure, with gradients and quantities left on an optimizer's parameters."""
     parameters = named(optimizer)
-    block = extend(parameters, *quantities)
+    block = extend(parameters, *quantities, **options)
     with torch.enable_grad(), block:
         loss = closure()
         if not block.backwards:
