@@ -142,6 +142,52 @@ class TestPeeling:
         assert all(torch.equal(*both) for both in zip(*draws, strict=True))
 
 
+class TestNested:
+    """One batch of products, whatever n is."""
+
+    @mark.parametrize("tolerance", [1e-1, 1e-3, 1e-6])
+    @mark.parametrize("matrix", [lambda: kernel(1000), lambda: plane(30)], ids=["line", "plane"])
+    def test_error(self, matrix, tolerance):
+        a = Counted(matrix())
+        h = build(a, tolerance, format="nested")
+        assert error(h.to_dense(), a.a) <= 1.1 * tolerance and h.products == a.columns
+        assert h.products < build(a, tolerance).products
+
+    def test_products_do_not_grow(self):
+        built = [build(kernel(n), 1e-4, format="nested") for n in (500, 1000, 2000)]
+        assert len({h.products for h in built}) == 1 and math.log2(built[2].bytes / built[0].bytes) / 2 <= 1.2
+
+    def test_exact_where_the_matrix_is(self):
+        x = torch.randn(700, 6)
+        a = x @ x.T + torch.block_diag(*(positive(16) for _ in range(40)), positive(60))
+        h = build(a, 1e-10, leaf=16, format="nested", order="flat")
+        assert h.tree.leaf <= 16 and error(build(x @ x.T, 1e-10, format="nested").to_dense(), x @ x.T) <= 1e-10
+        assert error(h.to_dense(), a) <= 1.1e-10
+
+    def test_within_bytes(self):
+        a = kernel(1000)
+        h = build(a, max_bytes=8 * 1000 * 64, format="nested")
+        assert h.bytes <= 8 * 1000 * 64 and error(h.to_dense(), a) <= 5e-5
+        assert build(kernel(30), 0.1, format="nested").products == 30
+
+
+def positive(n: int) -> Tensor:
+    x = torch.randn(n, n)
+    return x @ x.T
+
+
+def test_a_field_is_solved_at_once():
+    """Rank one off the diagonal, at every level: low rank across the whole is of little help."""
+    t = torch.linspace(0, 1, 2000)
+    a, b = torch.exp(-(t[:, None] - t).abs() / 0.01), torch.randn(2000)
+    best = build(a, max_bytes=8 * 2000 * 32, format="auto", max_products=2000)
+    steps = [
+        cg(a, b, damping=1e-3, preconditioner=p, tolerance=1e-8).steps
+        for p in (best.factor(1e-3), None, build(a, max_bytes=8 * 2048 * 32, format="lowrank").factor(1e-3, True))
+    ]
+    assert steps[0] <= 3 and min(steps[1:]) >= 30
+
+
 class TestRefused:
     def test_more_products_than_rows(self):
         with raises(CurvatureError, match="more than 400 products"):

@@ -64,6 +64,10 @@ def kronecker(m: int, n: int) -> Operator:
     return Kronecker(torch.randn(m, n), torch.randn(n, m), symmetric=False)
 
 
+def hierarchical(**options) -> Operator:
+    return HierarchicalOperator.from_operator(Dense(positive(10), SPACE, symmetric=True), 1e-12, **options)
+
+
 STRUCTURED = {
     "identity": lambda: Identity(10, space=SPACE),
     "diagonal": lambda: Diagonal(torch.rand(10) + 1, SPACE),
@@ -73,9 +77,8 @@ STRUCTURED = {
     "Kronecker": lambda: Kronecker(positive(2), positive(5), space=SPACE),
     "Kronecker, rectangular": lambda: kronecker(3, 2),
     "Kronecker, three": lambda: Kronecker(positive(2), positive(3), positive(2)),
-    "hierarchical": lambda: HierarchicalOperator.from_operator(
-        Dense(positive(10), SPACE, symmetric=True), 1e-12, leaf=2, max_products=1000
-    ),
+    "hierarchical": lambda: hierarchical(leaf=2, max_products=1000),
+    "hierarchical, nested": lambda: hierarchical(format="nested", leaf=2, max_products=1000),
     "block diagonal": lambda: BlockDiagonal([Kronecker(positive(2), positive(3)), Dense(positive(4))], SPACE),
     "block diagonal, by name": lambda: BlockDiagonal({"w": Kronecker(positive(2), positive(3)), "b": Identity(2)}),
 }
@@ -91,6 +94,8 @@ CURVATURE = {
     "of some parameters": lambda: curvature(Hessian, only="*.bias"),
 }
 DERIVED = {
+    "low rank and diagonal": lambda: hierarchical(format="lowrank", max_products=1000),
+    "factored inverse": lambda: hierarchical(leaf=2, max_products=1000).factor(0.3),
     "sum": lambda: STRUCTURED["diagonal"]() + 2 * STRUCTURED["dense"]() - STRUCTURED["low rank"](),
     "product": lambda: STRUCTURED["diagonal"]() @ STRUCTURED["dense"](),
     "adjoint": lambda: jacobian().T,

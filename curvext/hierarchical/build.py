@@ -14,6 +14,7 @@ from ..operators.base import Operator
 from .hodlr import HierarchicalOperator
 from .levels import pairs
 from .lowrank import low_rank, with_diagonal
+from .nested import columns, nested
 from .peel import Peeling, Source
 from .tree import ClusterTree
 from .update import compressed, plus
@@ -45,13 +46,14 @@ def approximate(
         max_bytes: what the result may take. Alone, the best within them; with ``tolerance``, refused if both do not go
             together.
         max_products: refused beyond; n if not given, as then the whole matrix could be had.
-        format: ``"hodlr"``; ``"lowrank"``, low rank and a diagonal; ``"auto"``, the one with the smaller error within
-            ``max_bytes``, or without, the smaller one within ``tolerance``.
+        format: ``"hodlr"``, by peeling; ``"nested"``, the same from one batch of max(leaf, 2R) + R + 10 products, for
+            rank R of whole rows off the diagonal; ``"lowrank"``, low rank and a diagonal; ``"auto"``, of all three the
+            one with the smallest error within ``max_bytes``, or without, the smallest one within ``tolerance``.
         order: of the tree, see :class:`ClusterTree`.
         leaf: entries of a leaf; 32, or less where ``max_bytes`` are few.
         generator: of random numbers.
 
-    Source: Lin, Lu & Ying 2011; Martinsson 2016; Halko, Martinsson & Tropp 2011.
+    Source: Lin, Lu & Ying 2011; Martinsson 2016; Levitt & Martinsson 2022; Halko, Martinsson & Tropp 2011.
     """
     like = _like(operator)
     _check(operator, tolerance, max_bytes, format, like)
@@ -210,14 +212,43 @@ def lowrank(source: Source, tolerance: float | None, max_bytes: int | None) -> H
     return _within(result, max_bytes, tolerance)
 
 
-FORMATS = {"lowrank": lowrank, "hodlr": hodlr}
+def nested_bases(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
+    """From one batch of products, of twice the rank until the error is within half the tolerance; then compressed."""
+    tree = source.tree
+    if not tree.depth:
+        return _within(_dense(source), max_bytes, tolerance)
+    probes = _begin(source)
+    total = None if max_bytes is None else _ranks(source, max_bytes)
+    rank = 8 if total is None else total
+    result, omega, y = _sampled(source, rank)
+    while tolerance is not None and total is None and probes.error(result) > tolerance / 2:
+        rank *= 2
+        result, omega, y = _sampled(source, rank, omega, y)
+    result = compressed(result, ranks=total) if total is not None else compressed(result, 0.6 * (tolerance or 0.0))
+    result.error, result.scale = Probes(source).error(result), probes.scale
+    return _within(result, max_bytes, tolerance)
+
+
+def _sampled(
+    source: Source, rank: int, omega: Tensor | None = None, y: Tensor | None = None
+) -> tuple[HierarchicalOperator, Tensor, Tensor]:
+    """The approximation of that rank, with the columns it took; those there are, are used."""
+    known = 0 if omega is None else omega.shape[1]
+    new = source.normal(source.tree.size, columns(source.tree, rank) - known)
+    products = source(new)
+    omega = new if omega is None else torch.cat([omega, new], 1)
+    y = products if y is None else torch.cat([y, products], 1)
+    return nested(source.tree, omega, y, rank), omega, y
+
+
+FORMATS = {"nested": nested_bases, "lowrank": lowrank, "hodlr": hodlr}
 
 
 def _best(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
-    """Both formats, and of those that are possible the one with the least error, or the least bytes."""
+    """All formats, and of those that are possible the one with the least error, or the least bytes."""
     results, refused, limit = [], [], source.limit
     for name, build in FORMATS.items():
-        source.limit = limit // 2 if name == "lowrank" else limit
+        source.limit = limit if name == "hodlr" else limit // 2
         try:
             results.append(build(source, tolerance, max_bytes))
         except CurvatureError as error:
