@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvext.optim import LBFGS, GaussNewtonCG, GradientDescent, HessianFree, NewtonCG, SaddleFreeNewton
+from curvext.optim import (
+    LBFGS,
+    CurveBall,
+    DiagGaussNewton,
+    GaussNewtonCG,
+    GradientDescent,
+    HessianFree,
+    NewtonCG,
+    SaddleFreeNewton,
+)
 from curvext.solvers import Constant, FullStep, LevenbergMarquardt, StrongWolfe
 
 # name: class, settings. An optimizer that curvext.optim exports and that is not here fails the suite.
@@ -23,6 +32,10 @@ CASES = {
         NewtonCG,
         {"curvature": "gauss_newton", "damping": LevenbergMarquardt(first=0.1), "preconditioner": "kfac"},
     ),
+    "diagonal Gauss-Newton": (DiagGaussNewton, {}),
+    "diagonal Gauss-Newton, unscaled": (DiagGaussNewton, {"rescale": False, "damping": LevenbergMarquardt()}),
+    "CurveBall": (CurveBall, {"interval": 2}),
+    "CurveBall, full steps": (CurveBall, {"line_search": None, "interval": 1}),
     "Gauss-Newton-CG": (GaussNewtonCG, {}),
     "Gauss-Newton-CG, kflr": (GaussNewtonCG, {"preconditioner": "kflr", "tolerance": 0.3}),
     "Hessian-free": (HessianFree, {}),

@@ -3,6 +3,8 @@
 from .adahesscale import AdaHesScale as AdaHesScale
 from .base import ClosureOptimizer as ClosureOptimizer
 from .base import Report as Report
+from .curveball import CurveBall as CurveBall
+from .diag_gauss_newton import DiagGaussNewton as DiagGaussNewton
 from .gauss_newton_cg import GaussNewtonCG as GaussNewtonCG
 from .gradient_descent import GradientDescent as GradientDescent
 from .hessian_free import HessianFree as HessianFree
