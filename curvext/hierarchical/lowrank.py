@@ -64,7 +64,8 @@ def _largest(values: Tensor, vectors: Tensor, cap: int, share: float) -> tuple[T
 def with_diagonal(result: HierarchicalOperator, probes: Probes, fresh: Probes) -> HierarchicalOperator:
     """``result`` and α d̂ + β on the diagonal, d̂ what probes see of the residual's.
 
-    α and β make the error on fresh probes least, so that the noise of d̂ is damped.
+    α and β make the error on fresh probes least, so that the noise of d̂ is damped. Where all of c is positive, so
+    is the diagonal, and the result.
     """
     missing = probes.products - result.inner(probes.vectors)
     seen = (missing * probes.vectors).sum(1) / probes.vectors.square().sum(1).clamp(min=1e-30)
@@ -75,4 +76,6 @@ def with_diagonal(result: HierarchicalOperator, probes: Probes, fresh: Probes) -
     gram = columns.mT @ columns
     weights = torch.linalg.pinv(gram, hermitian=True) @ (columns.mT @ target)
     diagonal = real * (weights[0] * seen + weights[1])
+    if bool((result.values >= 0).all()):
+        diagonal = diagonal.clamp(min=0)
     return HierarchicalOperator(result.tree, [], diagonal.view(-1, 1, 1), result.basis, result.values)
