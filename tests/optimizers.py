@@ -38,6 +38,7 @@ CASES = {
     "CurveBall, full steps": (CurveBall, {"line_search": None, "interval": 1}),
     "Gauss-Newton-CG": (GaussNewtonCG, {}),
     "Gauss-Newton-CG, kflr": (GaussNewtonCG, {"preconditioner": "kflr", "tolerance": 0.3}),
+    "Gauss-Newton-CG, stored": (GaussNewtonCG, {"jacobian": "auto"}),
     "Hessian-free": (HessianFree, {}),
     "Hessian-free, hesscale": (HessianFree, {"preconditioner": "hesscale", "damping": LevenbergMarquardt(first=0.1)}),
     "Hessian-free, Hessian": (HessianFree, {"curvature": "hessian", "negative": "absolute", "backtracking": False}),

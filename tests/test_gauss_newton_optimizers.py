@@ -13,6 +13,8 @@ from torch import nn
 
 from curvext import CurvatureError
 from curvext.optim import CurveBall, DiagGaussNewton, GaussNewtonCG, HessianFree
+from curvext.optim.base import Objective
+from curvext.optim.stored import StoredGaussNewton
 from curvext.solvers import Constant, FullStep, LevenbergMarquardt, Martens, cg
 
 from .optimizers import Net, problem
@@ -109,6 +111,70 @@ def test_damping_does_not_rise_with_shortened_steps():
         optimizer.step(closure)
         assert seen[-1][2] == optimizer.report.details["step"] < 1
     assert any(ratio < 0.25 for _, ratio, _ in seen) and all(λ <= 0.1 for λ, *_ in seen)
+
+
+def test_damping_that_begins_large_falls():
+    """Solves of one product are no sign of a λ that has risen, if it has not."""
+    rule, λ = LevenbergMarquardt(first=100.0), 100.0
+    for short in range(1, 9):
+        λ = rule(λ, 0.9, short=short)
+    assert λ == pytest.approx(100 * (2 / 3) ** 8)
+
+
+class Words(nn.Module):
+    """An embedding, convolutions with groups and transposed, a normalisation, a bare parameter, tied weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.conv = nn.Embedding(7, 4), nn.Conv1d(4, 6, 3, groups=2)
+        self.back, self.norm = nn.ConvTranspose1d(6, 4, 2, bias=False), nn.LayerNorm(4)
+        self.scale, self.tied = nn.Parameter(torch.ones(())), nn.Linear(4, 4)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, words):
+        z = torch.tanh(self.back(torch.tanh(self.conv(self.table(words).mT)))).mean(-1)
+        return self.scale * self.tied(torch.tanh(self.tied(self.norm(z))))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_stored_jacobian_multiplies_as_the_graph_does(maximize):
+    torch.manual_seed(0)
+    model = Words()
+    words, y = torch.randint(0, 6, (5, 6)), torch.randint(0, 4, (5,))
+
+    def closure():
+        z = model(words)
+        return (-1 if maximize else 1) * F.cross_entropy(z, y), z
+
+    optimizer = GaussNewtonCG(model.parameters(), weight_decay=0.1, maximize=maximize)
+    with torch.no_grad():
+        point = Objective(optimizer, closure, None).point(products="gauss_newton")
+        stored, products = StoredGaussNewton(point), point.curvature("gauss_newton")
+        for _ in range(3):
+            v = torch.randn(stored.shape[0])
+            torch.testing.assert_close(stored @ v, products @ v, rtol=1e-9, atol=1e-11)
+
+
+def test_where_a_jacobian_is_stored():
+    for jacobian, max_memory, which in (("stored", 1, "stored"), ("auto", 1 << 30, "stored"), ("auto", 1, "products"),
+                                        ("products", 1 << 30, "products")):  # fmt: skip
+        model = Net()
+        optimizer = GaussNewtonCG(model.parameters(), jacobian=jacobian, max_memory=max_memory)
+        for _ in range(2):
+            optimizer.step(problem(model))
+            assert optimizer.report.details["jacobian"] == which
+    model, x = Net(), torch.randn(12, 4)
+
+    def elsewhere():
+        """Outputs before a layer that bends."""
+        z = model(x)
+        return F.cross_entropy(torch.tanh(z), torch.arange(12) % 3), z
+
+    optimizer = GaussNewtonCG(model.parameters(), jacobian="auto")
+    optimizer.step(elsewhere)
+    assert optimizer.report.details["jacobian"] == "products"
+    with pytest.raises(CurvatureError, match="jacobian='products'"):
+        GaussNewtonCG(model.parameters(), jacobian="stored").step(elsewhere)
 
 
 # Hessian-free
@@ -219,7 +285,8 @@ def test_diagonal_by_hand(rescale):
 def test_refused_settings():
     p = [nn.Parameter(torch.ones(2))]
     wrong = [(GaussNewtonCG, {"steps": 0}), (GaussNewtonCG, {"tolerance": 1.0}), (HessianFree, {"curvature": "fisher"}),
-             (HessianFree, {"blocks": "row"}), (HessianFree, {"blocks": "group", "preconditioner": "fisher"}),
+             (GaussNewtonCG, {"jacobian": "dense"}), (HessianFree, {"blocks": "row"}),
+             (HessianFree, {"blocks": "group", "preconditioner": "fisher"}),
              (HessianFree, {"decay": 2.0}), (CurveBall, {"interval": 0})]  # fmt: skip
     for cls, settings in wrong:
         with pytest.raises(ValueError, match=next(iter(settings))):

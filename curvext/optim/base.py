@@ -216,7 +216,7 @@ class Objective:
     def split(self, v: Tensor) -> list[Tensor]:
         """A flat vector, or rows ``[..., P]``, in the parameters' shapes."""
         pieces = v.split([p.numel() for p in self.parameters], -1)
-        return [piece.reshape(*v.shape[:-1], *p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+        return [piece.reshape(v.shape[:-1] + p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def move(self, d: Tensor | None) -> None:
         """Set the parameters to θ + d; ``None``: back to θ exactly."""

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..solvers import Armijo, LevenbergMarquardt, Solution, cg
-from .base import ClosureOptimizer, Damping, Found, LineSearch, Objective, Report
+from .base import ClosureOptimizer, Damping, Found, LineSearch, Objective, Point, Products, Report
 from .precondition import Preconditioner
 from .precondition import preconditioner as by_name
+from .stored import StoredGaussNewton
 
 
 class GaussNewtonCG(ClosureOptimizer):
@@ -39,6 +40,11 @@ class GaussNewtonCG(ClosureOptimizer):
             else it winds up where the loss has kinks. ``LevenbergMarquardt(guard=False)`` is the source's own.
         preconditioner: a name or an object of :mod:`curvext.optim.precondition`; the source has none.
         line_search: ``Armijo()``; ``None`` for α = 1 if that is lower, else no step.
+        jacobian: ``"products"`` through the graph; ``"stored"``, what every output owes to every layer is kept for
+            products without the graph (:mod:`curvext.optim.stored`), which pays for few outputs and many steps of CG;
+            ``"auto"``: stored if that takes less than ``max_memory`` bytes and can be had.
+            ``report.details["jacobian"]`` says which.
+        max_memory: see above.
 
     Source: Wang, Tan & Lin 2020, Newton methods for convolutional neural networks, https://arxiv.org/abs/1811.06100.
     """
@@ -53,13 +59,18 @@ class GaussNewtonCG(ClosureOptimizer):
         damping: Damping | None = None,
         preconditioner: str | Preconditioner | None = None,
         line_search: LineSearch | None = Armijo(),  # noqa: B008
+        jacobian: str = "products",
+        max_memory: int = 1 << 30,
         weight_decay: float = 0.0,
         maximize: bool = False,
     ):
         if steps < 1 or not 0 <= tolerance < 1:
             raise ValueError(f"GaussNewtonCG: steps={steps} >= 1 and 0 <= tolerance={tolerance} < 1 are needed")
+        if jacobian not in ("products", "stored", "auto"):
+            raise ValueError(f"GaussNewtonCG: jacobian={jacobian!r} must be 'products', 'stored' or 'auto'")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
         self.steps, self.tolerance, self.line_search = steps, tolerance, line_search
+        self.jacobian, self.max_memory = jacobian, max_memory
         self.damping, self.preconditioner = damping or LevenbergMarquardt(), by_name(preconditioner)
 
     def _step(self, objective: Objective) -> Report:
@@ -67,7 +78,7 @@ class GaussNewtonCG(ClosureOptimizer):
         curved, g = objective.curved(point), point.gradient
         λ = self.carried.get("damping", getattr(self.damping, "first", 0.0))
         M = None if self.preconditioner is None else self.preconditioner(curved, λ)
-        G = curved.curvature("gauss_newton")
+        G = self._matrix(curved)
         solution = cg(G, -g, damping=λ, preconditioner=M, tolerance=self.tolerance, steps=self.steps)
         if solution.reason == "preconditioner not positive definite":
             raise CurvatureError(f"GaussNewtonCG: the preconditioner {self.preconditioner} is not positive definite")
@@ -77,12 +88,35 @@ class GaussNewtonCG(ClosureOptimizer):
         found = objective.search(point, self.line_search, {name: d, "steepest descent": -g})
         ratio = found.ratio(point, float(g.dot(α * d)), κ) if found.name == name else -torch.inf
         self._damp(λ, ratio, found, solution.steps)
-        details = {"damping": λ, "ratio": ratio, "curvature": κ, "solver": solution.reason}
+        details = {"damping": λ, "ratio": ratio, "curvature": κ, "solver": solution.reason,
+                   "jacobian": "stored" if isinstance(G, StoredGaussNewton) else "products"}  # fmt: skip
         return found.report(point, curved.products, **details)
+
+    def _matrix(self, curved: Point) -> Products | StoredGaussNewton:
+        """By the mode; what the first step has found out about ``"auto"`` holds for the next ones."""
+        products, known = curved.curvature("gauss_newton"), self.carried.get("stored")
+        never = self.jacobian == "products" or (self.jacobian == "auto" and known is False)
+        if never or (self.jacobian == "auto" and _bytes(curved) > self.max_memory):
+            return products
+        try:
+            stored = StoredGaussNewton(curved, check=not known)
+        except CurvatureError:
+            if self.jacobian == "stored":
+                raise
+            self.carried["stored"] = False
+            return products
+        self.carried["stored"] = True
+        return stored
 
     def _damp(self, λ: float, ratio: float, found: Found, steps: int) -> None:
         short = self.carried["short"] = self.carried.get("short", 0) + 1 if steps <= 1 else 0
         self.carried["damping"] = self.damping(λ, ratio, step=found.step.size, short=short)
+
+
+def _bytes(point: Point) -> int:
+    """About what a stored Jacobian takes: as many activations as a sample has outputs."""
+    outputs = sum(z[:1].numel() if z.dim() else 1 for z in point.graph.term.outputs)
+    return outputs * point.graph.column_bytes
 
 
 def undamped(solution: Solution, g: Tensor, damping: float) -> float:

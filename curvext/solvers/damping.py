@@ -76,8 +76,8 @@ class LevenbergMarquardt:
             step: α that the line search chose, 1 without one.
             short: how many solves in a row, the last one included, ended after one product.
         """
-        if self.guard and short >= 2:
-            return min(damping, self.first)
+        if self.guard and short >= 2 and damping > self.first:
+            return self.first
         if ratio > self.high:
             damping *= self.drop
         elif not ratio >= self.low and not (self.guard and 0 < step < 1):
