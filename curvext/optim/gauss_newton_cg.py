@@ -41,7 +41,7 @@ class GaussNewtonCG(ClosureOptimizer):
         preconditioner: a name or an object of :mod:`curvext.optim.precondition`; the source has none.
         line_search: ``Armijo()``; ``None`` for α = 1 if that is lower, else no step.
         jacobian: ``"products"`` through the graph; ``"stored"``, what every output owes to every layer is kept for
-            products without the graph (:mod:`curvext.optim.stored`), which pays for few outputs and many steps of CG;
+            products without the graph (:mod:`curvext.optim.stored`), which was slower on the CPUs we have tried;
             ``"auto"``: stored if that takes less than ``max_memory`` bytes and can be had.
             ``report.details["jacobian"]`` says which.
         max_memory: see above.
