@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from curvext import registry
+
 torch.set_num_threads(1)  # small tensors, and the suite runs in several processes
 
 settings.register_profile(
@@ -15,8 +17,11 @@ settings.load_profile("curvext")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    dtype = torch.get_default_dtype()
+    dtype, rules = torch.get_default_dtype(), dict(registry.RULES)
     yield
+    if list(registry.RULES.items()) != list(rules.items()):  # some tests replace a rule
+        registry.RULES.clear()
+        registry.RULES.update(rules)
     assert torch.get_default_dtype() is dtype, "a test changed the default dtype"
 
 
