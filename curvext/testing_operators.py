@@ -16,8 +16,8 @@ Equal = Callable[[Tensor, Tensor, str], None]
 def check_operator(operator: Operator, rtol: float = 1e-9, atol: float = 1e-10, seed: int = 0) -> Tensor:
     """Check that a linear operator is one, and keeps the promises of :class:`~curvext.operators.Operator`.
 
-    Products with vectors, columns, one column and none; linearity; the adjoint; the forms that its domain has; SciPy
-    (if it is installed); another dtype; and that what does not fit is refused.
+    Products with vectors, columns, one column and none; linearity; the adjoint; entries; the forms that its domain has;
+    SciPy (if it is installed); another dtype; and that what does not fit is refused.
 
     Args:
         operator: small, in float64.
@@ -44,6 +44,7 @@ def check_operator(operator: Operator, rtol: float = 1e-9, atol: float = 1e-10, 
     _check_products(operator, dense, columns, equal)
     _check_adjoint(operator, dense, columns[:, 0], draw(m), equal)
     _check_forms(operator, columns, equal)
+    _check_entries(operator, dense, equal)
     _check_scipy(operator, dense, columns, equal)
     _check_moves(operator, dense, columns[:, 0])
     for wrong in (draw(n + 1), draw(n, 1, 1), columns.to(torch.int64)):
@@ -78,6 +79,15 @@ def _check_forms(operator: Operator, columns: Tensor, equal: Equal) -> None:
                 assert type(product) is type(form), f"{operator}: {type(product)} for {type(form)}"
                 product = image.flatten(product)
             equal(product, operator @ v, f"a {type(form).__name__}")
+
+
+def _check_entries(operator: Operator, dense: Tensor, equal: Equal) -> None:
+    m, n = operator.shape
+    rows, columns = torch.arange(m, device=dense.device).flip(0)[::2], torch.arange(n, device=dense.device)[::3]
+    equal(operator.block(rows, columns), dense[rows][:, columns], "entries")
+    equal(operator.block(slice(1, 3), slice(0, n // 2)), dense[1:3, : n // 2], "a slice of entries")
+    both = operator.block(torch.stack([rows, rows.flip(0)]), torch.stack([columns, columns.flip(0)]))
+    equal(both, torch.stack([dense[rows][:, columns], dense[rows.flip(0)][:, columns.flip(0)]]), "blocks of entries")
 
 
 def _check_scipy(operator: Operator, dense: Tensor, columns: Tensor, equal: Equal) -> None:

@@ -79,6 +79,8 @@ class Diagonal(Structured):
 class Dense(Structured):
     """A matrix ``[m, n]``. ``symmetric`` is the caller's word."""
 
+    has_entries = True
+
     def __init__(self, matrix: Tensor, space: Space | None = None, symmetric: bool = False):
         self.matrix, self.symmetric = _of_dimension(matrix, 2, "Dense"), symmetric
         self._describe(matrix.shape, matrix, space)
@@ -88,6 +90,9 @@ class Dense(Structured):
 
     def _apply_adjoint(self, v: Tensor) -> Tensor:
         return self.matrix.mT @ v
+
+    def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.matrix[rows.unsqueeze(-1), columns.unsqueeze(-2)]
 
     def inverse(self, damping: float = 0.0, solver: str | Callable[..., Any] = "cg", **options: Any) -> Operator:
         """By an LU factorisation."""
