@@ -50,7 +50,7 @@ class Diagonal:
     def through(self, op: Operation) -> dict[int, Any]:
         """Copies leave it diagonal; else its columns are written out, if they are few."""
         rule = registry.find(op, "diagonal")
-        if rule is not None and rule.family == "shape" and len(op.outputs) == 1 and op.name not in FOLDS:
+        if rule is not None and rule.layout == "copies" and len(op.outputs) == 1:
             return {
                 i: Diagonal(op.reduced(h, i)) for i, h in enumerate(op.vjp(self.h)) if h is not None and op.needs[i]
             }
@@ -63,7 +63,6 @@ class Diagonal:
         return across(op, [Whole(columns), *[None] * (len(op.outputs) - 1)])
 
 
-FOLDS = {"Col2ImBackward0"}  # copies that are added up
 WRITTEN = 1024
 
 
@@ -161,7 +160,7 @@ def _parted(op: Operation, s: Columns, wanted: Sequence[bool]) -> dict[int, PerS
     axis, n = op.axes_out[k], op.n_samples
     found: dict[int, PerSample] = {}
     rest = list(wanted)
-    if len(s) == 1 and _broadcasts(op):
+    if len(s) == 1 and registry.laid_out(op, "aligned"):  # a product of the output's shape was not summed yet
         for i, raw in enumerate(pass_columns(op, s, wanted)):
             if raw is not None and raw.shape[1:] == s[k].shape[1:]:  # type: ignore[union-attr]
                 found[i], rest[i] = _summed(op, raw, axis, i, n), False
@@ -190,16 +189,10 @@ def _flat(columns: Tensor) -> Tensor:
     return columns.flatten(0, 1)
 
 
-def _broadcasts(op: Operation) -> bool:
-    """Whether outputs and inputs go entry by entry: a product in the output's shape is one that was not summed yet."""
-    rule = registry.find(op, "samples")
-    return rule is not None and rule.function.__name__ == "aligned"
-
-
 def mixes(op: Operation) -> bool:
     """Whether entries of a tensor that holds the samples are put together with weights that the samples share."""
     meets = any([need and axis is None for need, axis in zip(op.needs, op.axes_seen, strict=True)])
-    return meets and not _broadcasts(op)
+    return meets and not registry.laid_out(op, "aligned")
 
 
 def _summed(op: Operation, raw: Tensor, axis: Axis, i: int, n: int) -> Dense:

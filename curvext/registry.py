@@ -16,11 +16,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from .graph import Operation
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+#: What an operation does with entries. Of rules of the wave "samples": ``"aligned"``, an entry of y depends on one of
+#: each input, with broadcasting; ``"reshaped"``, entries keep their order; ``"moved"``, dimensions change places.
+#: Of diagonal rules: ``"copies"``, an entry of y is a copy of at most one of x.
+Layout = Literal["aligned", "reshaped", "moved", "copies", ""]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Rule:
     coincident: bool = False  # right also when one tensor enters the operation twice
     linear: bool = False  # does not use g, unless one tensor enters twice
     separable: bool = False  # each entry of y depends on one entry of x, so that the Hessian of ⟨g, y⟩ is diagonal
+    layout: Layout = ""
     doc: str = ""
     family: str = ""  # the file that registered it
 
@@ -51,6 +57,7 @@ def rule(
     coincident: bool = False,
     linear: bool = False,
     separable: bool = False,
+    layout: Layout = "",
 ) -> Callable[[F], F]:
     """Register the decorated function for autograd nodes, by name, or for ``autograd.Function`` classes.
 
@@ -65,6 +72,7 @@ def rule(
         coincident: whether the rule is right when one tensor enters twice; else the default is used there.
         linear: promise that the rule does not use ``g`` unless one tensor enters twice; the operation needs no hook.
         separable: promise that, of one input alone, the Hessian of ⟨g, y⟩ is diagonal, hence the second term of (2).
+        layout: promise of what becomes of entries; see :data:`Layout`.
 
     Raises:
         ValueError: if one of the operations has a rule already.
@@ -77,7 +85,7 @@ def rule(
         for operation in operations:
             if (operation, wave) in RULES:
                 raise ValueError(f"{operation} already has a rule for the {wave} wave; use curvext.unregister first")
-            RULES[operation, wave] = Rule(function, how, outputs, coincident, linear, separable, doc, family)
+            RULES[operation, wave] = Rule(function, how, outputs, coincident, linear, separable, layout, doc, family)
         return function
 
     return register
@@ -105,6 +113,12 @@ def find(op: Operation, *waves: str) -> Rule | None:
         if found is not None:
             return found
     return None
+
+
+def laid_out(op: Operation, *layouts: Layout) -> bool:
+    """Whether the operation's entries are ``"aligned"``, ``"reshaped"`` or ``"moved"``, where samples are followed."""
+    found = find(op, "samples")
+    return found is not None and found.layout in layouts
 
 
 def find_diagonal(op: Operation, *variants: str) -> Rule | None:

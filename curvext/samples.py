@@ -176,7 +176,7 @@ class Samples:
         or in one of their number, if interleaved rows would be in one.
         """
         rule = registry.find(op, "samples")
-        view = rule is not None and rule.function.__name__ == "reshaped"
+        view = rule is not None and rule.layout == "reshaped"
         if len(op.edges) != 1 or op.inputs[0] is None or (rule is not None and not view):
             return True
         (state,), shape = states, op.inputs[0].shape
@@ -264,7 +264,7 @@ def _is_weight(edge: Edge) -> bool:
     node: Node | None = edge[0]
     while node is not None and node.next_functions:
         rule = registry.RULES.get((node.name(), "diagonal"))
-        node = node.next_functions[0][0] if rule is not None and rule.family == "shape" else None
+        node = node.next_functions[0][0] if rule is not None and rule.layout == "copies" else None
     return node is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvext import BatchGrad, DiagGGNExact, extend
-from curvext.graph import Graph, edge_of
+from curvext.graph import Graph, Operation, edge_of
 from curvext.registry import find, registered
 from curvext.sweep import Settings
 from curvext.testing import check_columns, check_quantity
+from curvext.testing_factor import products
 
 from . import models
 from .cases import CASES, ELSEWHERE, Case, Draw
@@ -47,14 +49,18 @@ def test_rules_equal_the_node(case):
         check_columns(function, *inputs)
 
 
-def seen(case: Case, draw: Draw) -> set[tuple[Any, str]]:
-    """The rules of operations whose output may hold samples."""
+def recorded(case: Case, draw: Draw) -> list[Operation]:
+    """The operations whose output may hold samples."""
     function, inputs = case.build(draw)
     outputs = function(*inputs)
     outputs = [outputs] if not isinstance(outputs, (list, tuple)) else outputs
     roots = [edge_of(y)[0] for y in outputs if getattr(y, "requires_grad", False)]
     targets = {edge_of(x) for x in inputs if getattr(x, "requires_grad", False)}
-    ops = [op for op in Graph(roots).operations(targets, Settings()) if any(size > 1 for size in op.outputs[0].shape)]
+    return [op for op in Graph(roots).operations(targets, Settings()) if any(size > 1 for size in op.outputs[0].shape)]
+
+
+def seen(case: Case, draw: Draw) -> set[tuple[Any, str]]:
+    ops = recorded(case, draw)
     return {(kind, wave) for op in ops for wave in WAVES if find(op, wave) for kind in (op.kind, op.name)}
 
 
@@ -64,6 +70,17 @@ def test_every_rule_has_a_case():
     absent = {*ELSEWHERE, *UNCALLED}
     missing = sorted(f"{operation} ({wave})" for operation, wave in known - covered if operation not in absent)
     assert not missing, f"rules without a case in tests/cases: {missing}"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("shape_")], ids=str)
+def test_copies_are_of_one_entry(case):
+    """A column of one entry stays one: diagonal matrices stay diagonal."""
+    for op in recorded(case, Draw(seed=2)):
+        rule, (meta, *_) = find(op, "diagonal"), op.outputs
+        if rule is not None and rule.layout == "copies" and prod(meta.shape):
+            every = torch.eye(prod(meta.shape), dtype=meta.dtype).unflatten(1, meta.shape)
+            rows = [row.flatten(1) for row in products(op, every) if row is not None]
+            assert ((torch.cat(rows, 1) != 0).sum(1) <= 1).all(), op
 
 
 @pytest.mark.parametrize("name", ["GELU", "SiLU", "Softplus", "ELU", "Hardswish", "LogSigmoid", "Mish", "GLU", "PReLU"])

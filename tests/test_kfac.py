@@ -480,6 +480,15 @@ def test_averaged_recursion():
         m = sum(j.T @ m @ j for j in jacobians) / N
 
 
+@pytest.mark.parametrize("reduce", [torch.amax, torch.logsumexp])
+def test_averaged_recursion_across_reductions(reduce):
+    """Their slopes are different in every sample."""
+    layer, x = nn.Linear(3, 4), torch.randn(N, 3)
+    swept(layer, lambda: reduce(layer(x), 1).square().sum(), KFRA())
+    slopes = torch.func.vmap(torch.func.grad(lambda z: reduce(z, 0)))(layer(x).detach())
+    near(layer.weight.kfra[0], 2 * slopes.T @ slopes)
+
+
 @pytest.mark.parametrize("what", ["residual", "twice", "norm"])
 def test_averaged_recursion_refuses(what):
     layer, norm, x = nn.Linear(3, 3), nn.LayerNorm(3), torch.randn(N, 3)

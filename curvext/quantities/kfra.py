@@ -110,8 +110,7 @@ def _branches() -> CurvatureError:
 
 
 def _alike(op: Operation) -> bool:
-    rule = registry.find(op, "samples")
-    return op.name in ALIKE or (rule is not None and rule.function.__name__ in ("reshaped", "moved_rule"))
+    return op.name in ALIKE or registry.laid_out(op, "reshaped", "moved")
 
 
 def _columns(op: Operation, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -138,11 +137,11 @@ def _passed(op: Operation, i: int, columns: Tensor) -> Tensor:
 
 def _averaged(op: Operation, i: int, m: Tensor) -> Tensor:
     """1/N Σ_n J_nᵀ M J_n."""
-    rule, n = registry.find(op, "samples"), op.n_samples
+    n = op.n_samples
     if _alike(op):
         once = _passed(op, i, _dealt(op, m)).flatten(0, 1)[: len(m)].mT
         return _passed(op, i, _dealt(op, once)).flatten(0, 1)[: len(once)]
-    if rule is not None and rule.function.__name__ == "aligned" and op.inputs[i].shape == op.outputs[0].shape:
+    if registry.laid_out(op, "aligned") and op.inputs[i].shape == op.outputs[0].shape:
         slopes = _passed(op, i, m.new_ones(1, *op.outputs[0].shape, dtype=op.outputs[0].dtype))[0]
         return (slopes.mT @ (slopes / n)).mul_(m)
     once = _passed(op, i, _columns(op, m.unsqueeze(1).expand(-1, n, -1)))

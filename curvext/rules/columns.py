@@ -1,7 +1,7 @@
 """Columns of the factor wave across operations that move or scale entries, all at once: a tenth of the time of vmap.
 
 A column has the shape of the output, so columns ``[V, *shape]`` broadcast with whatever the output broadcasts with.
-Which operations these are is told by their rules of the wave "samples".
+Which operations these are is told by the layout of their rules of the wave "samples".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..graph import Operation
 from ..registry import registered, rule
-from .samples import aligned, reshaped
+from . import samples as samples  # whose rules are read below
 
 
 def entrywise(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
@@ -29,8 +29,8 @@ def viewed(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
 
 # kernels of losses write their result in the shape of a single column; those of GELU in float32 do not broadcast
 OTHER = ("Expand", "Loss", "CrossEntropy", "GeluBackward")
-_aligned = [name for name, entry in registered("samples") if entry.function is aligned]
-_reshaped = [name for name, entry in registered("samples") if entry.function is reshaped]
+_aligned = [name for name, entry in registered("samples") if entry.layout == "aligned"]
+_reshaped = [name for name, entry in registered("samples") if entry.layout == "reshaped"]
 rule(*[name for name in _aligned if not any(o in name for o in OTHER)], wave="factor", how="structure")(entrywise)
 rule(*_reshaped, wave="factor", how="structure")(viewed)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CurvatureError
 from ..graph import Operation
-from ..registry import RULES, rule
+from ..registry import RULES, Layout, rule
 from ..samples import Axis, State, probe
 from . import activation, arithmetic, elementwise
 
@@ -39,7 +39,7 @@ def _aligned(shape: Sequence[int], of_input: Sequence[int], axis: Axis) -> State
 
 def alongside(*names: str) -> None:
     """Entry by entry, with broadcasting: an input holds the samples where the output does, unless it is broadcast."""
-    rule(*names, wave="samples", how="structure", coincident=True)(aligned)
+    rule(*names, wave="samples", how="structure", coincident=True, layout="aligned")(aligned)
 
 
 def kept(*names: str, data: Sequence[int] | None = None, batch: bool = False, moves: str = "dim") -> None:
@@ -102,10 +102,11 @@ rule(
     *("CloneBackward0", "ToCopyBackward0", "LiftFreshBackward0"),
     wave="samples",
     how="structure",
+    layout="reshaped",
 )(reshaped)
 
 
-def moved(*names: str) -> Any:
+def moved(*names: str, layout: Layout = "moved") -> Any:
     """Register ``source(op, dim)``: the dimension of the input that dimension ``dim`` of the output was."""
 
     def register(source: Any) -> Any:
@@ -118,7 +119,7 @@ def moved(*names: str) -> Any:
             fits = [dim is not None and dim < len(m.shape) and m.shape[dim] % n == 0 for m in _inputs(op)]
             return [Axis(dim, axis.inner) if fit else None for fit in fits] if dim is not None else probe(op, out, n)
 
-        rule(*names, wave="samples", how="structure", coincident=True)(moved_rule)
+        rule(*names, wave="samples", how="structure", coincident=True, layout=layout)(moved_rule)
         return source
 
     return register
@@ -158,7 +159,7 @@ def _stack(op: Operation, dim: int) -> int | None:
     return None if dim == place else dim - (dim > place)
 
 
-@moved("NllLossBackward0", "NllLoss2DBackward0")
+@moved("NllLossBackward0", "NllLoss2DBackward0", layout="")
 def _nll(op: Operation, dim: int) -> int:
     return dim + (dim > 0)
 
@@ -166,6 +167,7 @@ def _nll(op: Operation, dim: int) -> int:
 @moved(
     *("SumBackward1", "MeanBackward1", "LogsumexpBackward0", "AmaxBackward0", "AminBackward0", "ProdBackward1"),
     *("MaxBackward0", "MinBackward0", "VarBackward0", "StdBackward0", "LinalgVectorNormBackward0", "NormBackward1"),
+    layout="",
 )
 def _reduced(op: Operation, dim: int) -> int | None:
     rank = len(op.inputs[0].shape)

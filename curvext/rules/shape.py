@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from .structure import selection
+
+copies = partial(selection, layout="copies")
 
 # views, and the copies they become under functionalization. Where as_strided reads a tensor that overlaps itself (an
 # expanded one), PyTorch's Jᵀ gives each of c entries at one place 1/c; with h shared out in this way, what was expanded
 # gets all of it back, which is exact. Equation (2) to the letter gives 1/c², dropping what equal entries have in common
-selection(
+copies(
     "AliasBackward0",
     "AsStridedBackward0",
     "DiagonalBackward0",
@@ -26,7 +30,7 @@ selection(
     "UnsqueezeBackward0",
     "ViewBackward0",
 )
-selection(
+copies(
     "AliasBackward0_copy",
     "AsStridedBackward0_copy",
     "DiagonalBackward0_copy",
@@ -48,7 +52,7 @@ selection(
     "ViewBackward0_copy",
 )
 # views in place
-selection(
+copies(
     "AsStridedBackward1",
     "SqueezeBackward3",
     "SqueezeBackward4",
@@ -58,7 +62,7 @@ selection(
     "UnsqueezeBackward1",
 )
 # several outputs
-selection(
+copies(
     "SplitBackward0",
     "SplitBackward0_copy",
     "SplitWithSizesBackward0",
@@ -70,7 +74,7 @@ selection(
     outputs="all",
 )
 # copies, rearranged, repeated, or joined
-selection(
+copies(
     "BlockDiagBackward0",
     "CatBackward0",
     "ChannelShuffleBackward0",
@@ -93,9 +97,10 @@ selection(
     "torch::autograd::CopyBackwards",
 )
 # sliding windows: unfold copies, fold adds
-selection("Im2ColBackward0", "Col2ImBackward0")
+copies("Im2ColBackward0")
+selection("Col2ImBackward0")
 # paddings
-selection(
+copies(
     "ConstantPadNdBackward0",
     "ReflectionPad1DBackward0",
     "ReflectionPad2DBackward0",
@@ -104,16 +109,14 @@ selection(
     "ReplicationPad2DBackward0",
     "ReplicationPad3DBackward0",
 )
-# what backward passes record when they are part of the loss (gradient penalties)
+# what backward passes record when they are part of the loss (gradient penalties); those of paddings and windows add
+copies("DiagonalBackwardBackward0", "SelectBackwardBackward0", "SliceBackwardBackward0")
 selection(
-    "DiagonalBackwardBackward0",
     "ReflectionPad1DBackwardBackward0",
     "ReflectionPad2DBackwardBackward0",
     "ReflectionPad3DBackwardBackward0",
     "ReplicationPad1DBackwardBackward0",
     "ReplicationPad2DBackwardBackward0",
     "ReplicationPad3DBackwardBackward0",
-    "SelectBackwardBackward0",
-    "SliceBackwardBackward0",
     "UnfoldBackwardBackward0",
 )

@@ -18,19 +18,19 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..graph import Operation
-from ..registry import rule
+from ..registry import Layout, rule
 from .default import others_fixed
 
 Derivative = Callable[..., Tensor]
 
 
-def selection(*names: str, outputs: str = "first", coincident: bool = True) -> None:
+def selection(*names: str, outputs: str = "first", coincident: bool = True, layout: Layout = "") -> None:
     """Every entry of J is 0 or 1, so J∘J = J and h_x = Jᵀ h; nothing bends. Complex tensors are no different.
 
     Where several inputs are added up, ``coincident`` must be false: x + x has slope 2.
     """
     for wave in ("diagonal", "complex"):
-        rule(*names, wave=wave, outputs=outputs, coincident=coincident, linear=True)(
+        rule(*names, wave=wave, outputs=outputs, coincident=coincident, linear=True, layout=layout)(
             select_all if outputs == "all" else select
         )
 
