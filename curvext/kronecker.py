@@ -189,9 +189,7 @@ class Kronecker(Block):
         return cls(tuple(tensors), like, bias_along)  # type: ignore[arg-type]
 
     def _apply(self, v: Tensor) -> Tensor:
-        for dim, factor in enumerate(self.factors, 1):
-            v = _along(factor, v, dim)
-        return v
+        return times(self.factors, v)
 
     def __mul__(self, scalar: float | Tensor) -> Kronecker:
         return replace(self, factors=(self.factors[0] * scalar, *self.factors[1:]))
@@ -205,16 +203,16 @@ class Kronecker(Block):
 
     def trace(self) -> Tensor:
         """Sum of the diagonal, a scalar."""
-        return _outer([_diagonal(f).sum(-1, keepdim=True) for f in self.factors], self.dims[0]).sum()
+        return outer([_diagonal(f).sum(-1, keepdim=True) for f in self.factors], self.dims[0]).sum()
 
     def diag(self) -> Tensor:
         """The diagonal, ``[P]``."""
-        return _outer([_diagonal(f) for f in self.factors], self.dims[0]).flatten()
+        return outer([_diagonal(f) for f in self.factors], self.dims[0]).flatten()
 
     def eigh(self) -> Eigenbasis:
         """The same matrix by the eigenvectors of its factors and all products of their eigenvalues."""
         pairs = [(f, None) if f.dim() == 1 else torch.linalg.eigh(f) for f in self.factors]
-        values = _outer([values.clamp(min=0) for values, _ in pairs], self.dims[0])
+        values = outer([values.clamp(min=0) for values, _ in pairs], self.dims[0])
         return Eigenbasis(tuple([vectors for _, vectors in pairs]), values, self.like, self.bias_along)
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
@@ -278,10 +276,7 @@ class Eigenbasis(Block):
         return cls(tuple(vectors), values, like, bias_along)
 
     def turned(self, v: Tensor, forward: bool) -> Tensor:
-        for dim, vectors in enumerate(self.vectors, 1):
-            if vectors is not None:
-                v = _along(vectors if forward else vectors.mT, v, dim)
-        return v
+        return times([q if q is None or forward else q.mT for q in self.vectors], v)
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.turned(self.turned(v, False) * self.values.unsqueeze(-1), True)
@@ -297,10 +292,7 @@ class Eigenbasis(Block):
 
     def diag(self) -> Tensor:
         """The diagonal, ``[P]``."""
-        v = self.values.unsqueeze(-1)
-        for dim, vectors in enumerate(self.vectors, 1):
-            v = v if vectors is None else _along(vectors.square(), v, dim)
-        return v.flatten()
+        return times([q if q is None else q.square() for q in self.vectors], self.values.unsqueeze(-1)).flatten()
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         """log det(· + damping I), a scalar."""
@@ -325,20 +317,25 @@ class Eigenbasis(Block):
         return self.inverse(damping) @ v
 
 
+def times(factors: Sequence[Tensor | None], v: Tensor) -> Tensor:
+    """Every factor, square or not, applied to its dimension of ``[G, d1, d2, ..., K]``; ``None``: the identity."""
+    for dim, factor in enumerate(factors, 1):
+        v = v if factor is None else _along(factor.to(v.dtype), v, dim)
+    return v
+
+
 def _along(factor: Tensor, v: Tensor, dim: int) -> Tensor:
-    """One factor applied to one dimension of ``[G, d1, d2, ..., K]``."""
-    factor = factor.to(v.dtype)
     if factor.dim() == 1:
         return v * factor.view(-1, *[1] * (v.dim() - dim - 1))
     moved = v.movedim(dim, 1)
-    return (factor @ moved.flatten(2)).view(moved.shape).movedim(1, dim)
+    return (factor @ moved.flatten(2)).unflatten(2, moved.shape[2:]).movedim(1, dim)
 
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1)
 
 
-def _outer(vectors: Sequence[Tensor], groups: int) -> Tensor:
+def outer(vectors: Sequence[Tensor], groups: int) -> Tensor:
     """All products of the entries of ``[d]`` or ``[G, d]``: ``[G, d1, d2, ...]``."""
     product = vectors[0].new_ones(groups)
     for vector in vectors:

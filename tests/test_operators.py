@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pytest import fixture, mark, raises
 from torch import Tensor, nn
 
+import curvext
 from curvext import CurvatureError
 from curvext.operators import (
     BlockDiagonal,
@@ -22,6 +23,7 @@ from curvext.operators import (
     Identity,
     Jacobian,
     Kronecker,
+    KroneckerBlock,
     LowRank,
     Operator,
     Residual,
@@ -77,6 +79,7 @@ STRUCTURED = {
     "Kronecker": lambda: Kronecker(positive(2), positive(5), space=SPACE),
     "Kronecker, rectangular": lambda: kronecker(3, 2),
     "Kronecker, three": lambda: Kronecker(positive(2), positive(3), positive(2)),
+    "Kronecker, in groups": lambda: KroneckerBlock(curvext.Kronecker([torch.stack([positive(2)] * 2), positive(3)])),
     "hierarchical": lambda: hierarchical(leaf=2, max_products=1000),
     "hierarchical, nested": lambda: hierarchical(format="nested", leaf=2, max_products=1000),
     "block diagonal": lambda: BlockDiagonal([Kronecker(positive(2), positive(3)), Dense(positive(4))], SPACE),
@@ -153,6 +156,8 @@ class TestStructured:
     def test_singular(self):
         with raises(CurvatureError, match="damping"):
             Diagonal(torch.tensor([1.0, 0.0])).inverse()
+        with raises(CurvatureError, match="damping"):
+            Kronecker(torch.diag(torch.tensor([1.0, -1.0])), positive(2)).inverse(1e-3)
 
     def test_diagonal_of_parameters(self):
         operator = Diagonal({"w": torch.ones(2, 3), "b": 2 * torch.ones(3)})

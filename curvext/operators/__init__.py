@@ -15,4 +15,5 @@ from .structured import Dense as Dense
 from .structured import Diagonal as Diagonal
 from .structured import Identity as Identity
 from .structured import Kronecker as Kronecker
+from .structured import KroneckerBlock as KroneckerBlock
 from .structured import LowRank as LowRank

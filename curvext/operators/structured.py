@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from ..kronecker import Block, Eigenbasis, outer, times
 from .base import Operator
 from .space import Space
 
@@ -146,10 +147,10 @@ class Kronecker(Structured):
         self._describe([prod(f.shape[side] for f in factors) for side in (0, 1)], factors[0], space)
 
     def _apply(self, v: Tensor) -> Tensor:
-        return _kronecker(self.factors, v)
+        return _columns(self.factors, v)
 
     def _apply_adjoint(self, v: Tensor) -> Tensor:
-        return _kronecker([factor.mT for factor in self.factors], v)
+        return _columns([factor.mT for factor in self.factors], v)
 
     def inverse(self, damping: float = 0.0, solver: str | Callable[..., Any] = "cg", **options: Any) -> Operator:
         """⊗ Aᵢ⁻¹; with damping, Q diag(1 / (⊗λ + δ)) Qᵀ from the factors' eigenvectors, exactly."""
@@ -159,16 +160,30 @@ class Kronecker(Structured):
         if not self.symmetric:
             return super().inverse(damping, solver, **options)
         values, vectors = zip(*(torch.linalg.eigh(factor) for factor in self.factors), strict=True)
-        spectrum = values[0]
-        for more in values[1:]:
-            spectrum = torch.outer(spectrum, more).flatten()
-        q = Kronecker(*vectors, space=self.domain, symmetric=False)
-        return Symmetric(q @ Diagonal(1 / _nonzero(spectrum + damping)) @ q.T)
+        basis = Eigenbasis(vectors, outer(values, 1), (self.shape[0],))
+        return KroneckerBlock(basis.inverse(damping), self.domain)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Operator:
         """With its entries moved."""
         moved = [factor.to(device or self.device, dtype or self.dtype) for factor in self.factors]
         return Kronecker(*moved, space=self.domain, symmetric=self.symmetric)
+
+
+class KroneckerBlock(Structured):
+    """A :class:`~curvext.Kronecker` or :class:`~curvext.Eigenbasis`, as the blocks of a curvature matrix are kept."""
+
+    symmetric = True
+
+    def __init__(self, block: Block, space: Space | None = None):
+        self.matrix = block
+        self._describe(block.shape, torch.empty(0, dtype=block.dtype, device=block.device), space)
+
+    def _apply(self, v: Tensor) -> Tensor:
+        return self.matrix @ v  # type: ignore[no-any-return]
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Operator:
+        """With its entries moved."""
+        return KroneckerBlock(self.matrix.to(device or self.device, dtype or self.dtype), self.domain)
 
 
 class BlockDiagonal(Structured):
@@ -207,25 +222,9 @@ class BlockDiagonal(Structured):
         return BlockDiagonal([block.to(dtype, device) for block in self.blocks], self.domain)
 
 
-class Symmetric(Operator):
-    """An operator that its maker knows to be symmetric, such as Q D Qᵀ."""
-
-    symmetric = True
-
-    def __init__(self, operator: Operator):
-        self.operator, self.shape, self.dtype, self.device = operator, operator.shape, operator.dtype, operator.device
-        self.domain = self.image = operator.domain
-
-    def _apply(self, v: Tensor) -> Tensor:
-        return self.operator._apply(v)
-
-
-def _kronecker(factors: Sequence[Tensor], v: Tensor) -> Tensor:
-    """Every factor on its own axis of v."""
-    v = v.reshape(*(factor.shape[1] for factor in factors), v.shape[1])
-    for i, factor in enumerate(factors):
-        v = torch.tensordot(factor, v, dims=([1], [i])).movedim(0, i)
-    return v.flatten(0, -2)
+def _columns(factors: Sequence[Tensor], v: Tensor) -> Tensor:
+    """Every factor on its own axis of columns ``[n, K]``."""
+    return times(factors, v.reshape(1, *(factor.shape[1] for factor in factors), v.shape[1])).flatten(0, -2)
 
 
 def _of_dimension(tensor: Tensor, dim: int, what: str) -> Tensor:

@@ -6,7 +6,7 @@ preconditioner changes how fast CG gets there, not where to. Your own may be any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kronecker import Block, Kronecker
+from ..operators.structured import BlockDiagonal, KroneckerBlock
 from ..quantities import KFAC, KFLR, BatchL2Grad, DiagGGNExact, DiagGGNMC, HesScale, SumGradSquared
 from .base import Point
 
@@ -92,25 +93,14 @@ class KroneckerPreconditioner:
         blocks = []
         for i, (p, shift) in enumerate(zip(objective.parameters, shifts, strict=True)):
             found = factors.get(str(i), [p.new_zeros(p.numel())])
-            blocks.append(self._inverse(Kronecker(tuple(found), tuple(p.shape)), shift))  # type: ignore[arg-type]
+            block = Kronecker(tuple(found), tuple(p.shape))  # type: ignore[arg-type]
+            blocks.append(KroneckerBlock(self._inverse(block, shift)))
         return BlockDiagonal(blocks)
 
     def _inverse(self, block: Kronecker, shift: Tensor) -> Block:
         mean = block.trace() / block.shape[0]
         shift = torch.maximum(shift.flatten()[0].to(mean), self.floor * mean)
         return block.inverse(torch.where(shift + mean > 0, shift, torch.ones_like(shift)), self.pi)
-
-
-class BlockDiagonal:
-    """One matrix for every parameter, on flat vectors ``[P]``."""
-
-    def __init__(self, blocks: Sequence[Block]):
-        self.blocks = list(blocks)
-        self.sizes = [block.shape[0] for block in self.blocks]
-        self.shape = (sum(self.sizes), sum(self.sizes))
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        return torch.cat([block @ piece for block, piece in zip(self.blocks, v.split(self.sizes), strict=True)])
 
 
 NAMED: dict[str, Preconditioner] = {
