@@ -41,6 +41,17 @@ def squared(x: Tensor) -> Tensor:
     return total
 
 
+def inner(s: Tensor, y: Tensor) -> Tensor:
+    """The inner products of ``s [V, N, ...]`` with every ``y [U, N, ...]``: ``[U, V, N]``."""
+    return (s.flatten(2).transpose(0, 1) @ y.flatten(2).permute(1, 2, 0)).permute(2, 1, 0)
+
+
+def combined(s: Tensor, weights: Tensor) -> Tensor:
+    """Σ_v w s for every w of ``weights [U, V, N]``: ``[U, N, ...]``."""
+    waves = weights.permute(2, 0, 1) @ s.flatten(2).transpose(0, 1)
+    return waves.transpose(0, 1).reshape(len(weights), *s.shape[1:])
+
+
 class WaveGram:
     """Σ_v Σ_n s sᵀ ``[O, O]`` of a wave that a weight and its bias get, computed once; the wave in the form of each."""
 
@@ -106,10 +117,21 @@ class PerSample(ABC):
         rows = self.dense().unsqueeze(2).flatten(2).flatten(0, 1)
         return rows.mT @ rows
 
+    @abstractmethod
+    def inner(self, vectors: Tensor) -> Tensor:
+        """⟨[v, n], u⟩ for every u of ``vectors [U, *shape]``: ``[U, V, N]``."""
+
+    @abstractmethod
+    def combined(self, weights: Tensor) -> Tensor:
+        """Σ_v Σ_n w[v, n] [v, n] for every w of ``weights [U, V, N]``: ``[U, *shape]``."""
+
+    @abstractmethod
+    def entries(self, places: Tensor) -> Tensor:
+        """The entries at ``places [M]`` of the flattened tensor, ``[M, V, N]``."""
+
     def product(self, vectors: Tensor) -> Tensor:
         """Σ_v Σ_n [v, n] ⟨[v, n], u⟩ for every u of ``vectors [U, *shape]``."""
-        rows = self.dense().unsqueeze(2).flatten(2).flatten(0, 1)
-        return (vectors.reshape(len(vectors), -1) @ rows.mT @ rows).view_as(vectors)
+        return self.combined(self.inner(vectors))
 
     def plus(self, other: PerSample) -> PerSample:
         """Their sum: one tensor used in two places."""
@@ -152,6 +174,18 @@ class Dense(PerSample):
 
     def norms(self) -> Tensor:
         return self.values.unsqueeze(2).flatten(2).square().sum(2)
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        return (vectors.reshape(len(vectors), -1) @ self._rows().mT).unflatten(1, self.size)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        return (weights.flatten(1) @ self._rows()).view(len(weights), *self.shape)
+
+    def entries(self, places: Tensor) -> Tensor:
+        return self._rows()[:, places].mT.unflatten(1, self.size)
+
+    def _rows(self) -> Tensor:
+        return self.values.unsqueeze(2).flatten(2).flatten(0, 1)
 
     def select(self, samples: Sequence[int]) -> Dense:
         return Dense(self.values[:, list(samples)])
@@ -258,15 +292,21 @@ class Outer(PerSample):
         s, x = self.s.flatten(0, 1).flatten(1), self.x.flatten(1)
         return (s @ s.mT).view(v, n, v, n) * (x @ x.mT).unsqueeze(1)
 
-    def product(self, vectors: Tensor) -> Tensor:
+    def inner(self, vectors: Tensor) -> Tensor:
         groups, o, i = self.s.shape[2], self.s.shape[4], self.x.shape[3]
-        sizes = (i, o) if self.flipped else (o, i)
-        matrices = vectors.reshape(-1, groups, *sizes)
-        matrices = matrices.mT if self.flipped else matrices  # U G O I
-        seen = self.x @ matrices.mT.unsqueeze(1)  # U N G T O
-        inner = torch.einsum("vngto,ungto->uvn", self.s, seen)
-        waves = torch.einsum("uvn,vngto->ugont", inner, self.s)
-        return self._laid(waves.flatten(3) @ self.x.transpose(0, 1).flatten(1, 2))
+        matrices = vectors.reshape(-1, 1, groups, *((i, o) if self.flipped else (o, i)))
+        return inner(self.s, self.x @ (matrices if self.flipped else matrices.mT))
+
+    def combined(self, weights: Tensor) -> Tensor:
+        waves = combined(self.s, weights).permute(0, 2, 4, 1, 3).flatten(3)  # U G O NT
+        return self._laid(waves @ self.x.transpose(0, 1).flatten(1, 2))
+
+    def entries(self, places: Tensor) -> Tensor:
+        o, i = self.s.shape[4], self.x.shape[3]
+        group, place = places // (o * i), places % (o * i)
+        row, column = (place % o, place // o) if self.flipped else (place // i, place % i)
+        s, x = self.s.permute(2, 4, 0, 1, 3)[group, row], self.x.permute(1, 3, 0, 2)[group, column]
+        return over(s * x.unsqueeze(1), 3)  # M V N
 
     def select(self, samples: Sequence[int]) -> Outer:
         return replace(self, s=self.s[:, list(samples)], x=self.x[list(samples)])

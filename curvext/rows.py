@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .persample import Dense, PerSample
+from .persample import Dense, PerSample, combined, inner
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,17 @@ class Rows(PerSample):
     def norms(self) -> Tensor:
         s, keys = self._merged()
         return s.new_zeros(self.size).index_add(1, keys // self.shape[0], s.square().sum(2))
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        return inner(self.s, vectors[:, self.index])
+
+    def combined(self, weights: Tensor) -> Tensor:
+        waves = combined(self.s, weights).flatten(1, 2)
+        return waves.new_zeros(len(weights), *self.shape).index_add(1, self.index.flatten(), waves)
+
+    def entries(self, places: Tensor) -> Tensor:
+        here = self.index == (places // self.shape[1]).view(-1, 1, 1)  # M N T
+        return (self.s.permute(3, 0, 1, 2)[places % self.shape[1]] * here.unsqueeze(1)).sum(3)
 
     def select(self, samples: Sequence[int]) -> Rows:
         return replace(self, s=self.s[:, list(samples)], index=self.index[list(samples)])

@@ -213,6 +213,10 @@ def check_readings(value: PerSample, context: str = "") -> None:
     pairs["select"] = value.select([last, 0]).dense(), full[:, [last, 0]]
     pairs["plus"] = value.plus(value).dense(), full + full
     pairs["product"] = value.product(vectors), plain.product(vectors)
+    pairs["inner"] = value.inner(vectors), torch.einsum("u...,vn...->uvn", vectors, full)
+    pairs["combined"] = value.combined(pairs["inner"][1]), torch.einsum("uvn,vn...->u...", pairs["inner"][1], full)
+    places = torch.randint(full[0, 0].numel(), (3,))
+    pairs["entries"] = value.entries(places), full.unsqueeze(2).flatten(2)[..., places].permute(2, 0, 1)
     for name, (got, want) in pairs.items():
         torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{context}{name} differs. {text}")  # type: ignore[misc]
 
