@@ -19,10 +19,11 @@ from ..errors import CurvatureError
 from ..factor import at_target
 from ..persample import Dense, Outer, PerSample
 from ..quantities.base import Quantity, Target
-from ..quantities.waves import Factor, arrived
+from ..quantities.readings import arrived
+from ..quantities.waves import Factor
 from ..rows import Rows
 from ..wave import Wave
-from .base import Point
+from .point import Point
 
 Parts = Mapping[Any, PerSample]  # by where in the loss the columns come from
 

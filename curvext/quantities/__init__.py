@@ -30,7 +30,7 @@ from .kronecker import KFLR as KFLR
 from .products import GGNMP as GGNMP
 from .products import HMP as HMP
 from .products import PCHMP as PCHMP
+from .readings import arrived as arrived
 from .waves import Factor as Factor
 from .waves import SampleGradients as SampleGradients
-from .waves import arrived as arrived
 from .waves import owned as owned

@@ -15,7 +15,8 @@ from ..output import Output
 from ..sources import is_layer, starts
 from ..wave import Wave
 from .base import Carried, Quantity, Target
-from .waves import Factor, squared
+from .readings import squared
+from .waves import Factor
 
 KINDS = (None, "last_layer", "exact", "mc")
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..persample import Dense, Outer
 from ..wave import Wave
 from .base import Quantity, Target
-from .waves import Arrived, Factor, arrived, formed
+from .readings import Arrived, BySample, arrived, formed
+from .waves import Factor
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,7 @@ class DiagGGNMC(_MonteCarlo, _Diagonal):
     savefield = "diag_ggn_mc"
 
 
-class _BatchDiagonal(_FactorReading):
-    per_sample = True
-    recycles = True
-
+class _BatchDiagonal(BySample, _FactorReading):
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
@@ -88,12 +86,6 @@ class _BatchDiagonal(_FactorReading):
         if isinstance(samples, Outer) and samples.positions == 1:
             return formed(samples.squared(), target, self.savefield, samples.size[1:])
         return samples.sample_squares()
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a, b])
-
-    def zero(self, target: Target) -> Tensor:
-        return torch.zeros(target.n or 0, *target.tensor.shape, dtype=target.tensor.dtype, device=target.tensor.device)
 
 
 @dataclass(frozen=True)
@@ -110,27 +102,17 @@ class BatchDiagGGNMC(_MonteCarlo, _BatchDiagonal):
     savefield = "diag_ggn_mc_batch"
 
 
-class _Root(_FactorReading):
-    recycles = True
-    per_sample = True
+class _Root(BySample, _FactorReading):
+    leading = (0,)
 
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b])
 
-    subsampling: Sequence[int] | None = None
-
     def of(self, found: Arrived, target: Target) -> Tensor:
         samples = found.owned(type(self).__name__)
         assert samples is not None
-        kept = samples if self.subsampling is None else samples.select(self.subsampling)
+        kept = self.kept(samples)
         return formed(kept, target, self.savefield, kept.size)
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a, b], 1)
-
-    def zero(self, target: Target) -> Tensor:
-        n = target.n or 0 if self.subsampling is None else len(self.subsampling)
-        return torch.zeros(0, n, *target.tensor.shape, dtype=target.tensor.dtype, device=target.tensor.device)
 
 
 @dataclass(frozen=True)
@@ -146,10 +128,6 @@ class SqrtGGNExact(_Root):
     subsampling: Sequence[int] | None = None
     savefield = "sqrt_ggn_exact"
 
-    def __post_init__(self) -> None:
-        if self.subsampling is not None:
-            object.__setattr__(self, "subsampling", tuple(self.subsampling))
-
     @property
     def waves(self) -> tuple[Wave, ...]:
         return (Factor("columns"),)
@@ -163,9 +141,8 @@ class SqrtGGNMC(_MonteCarlo, _Root):
     savefield = "sqrt_ggn_mc"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.subsampling is not None:
-            object.__setattr__(self, "subsampling", tuple(self.subsampling))
+        _MonteCarlo.__post_init__(self)
+        _Root.__post_init__(self)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ..errors import CurvatureError
 from ..persample import PerSample
 from ..wave import Wave
 from .base import Quantity, Target
-from .waves import SampleGradients, formed, owned
+from .readings import BySample, formed
+from .waves import SampleGradients, owned
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class _FirstOrder(Quantity):
 
 
 @dataclass(frozen=True)
-class BatchGrad(_FirstOrder):
+class BatchGrad(BySample, _FirstOrder):
     """Every sample's gradient, ``[N, *P]``: ``grad_batch[n]`` = ∂ℓ_n/∂p, and their sum is ``p.grad``.
 
     Several backward passes in one block are joined along N.
@@ -50,22 +51,10 @@ class BatchGrad(_FirstOrder):
 
     subsampling: Sequence[int] | None = None
     savefield = "grad_batch"
-    recycles = True
-
-    def __post_init__(self) -> None:
-        if self.subsampling is not None:
-            object.__setattr__(self, "subsampling", tuple(self.subsampling))
 
     def of(self, gradients: PerSample, target: Target) -> Tensor:
-        kept = gradients if self.subsampling is None else gradients.select(self.subsampling)
+        kept = self.kept(gradients)
         return formed(kept, target, self.savefield, kept.size[1:])
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a, b])
-
-    def zero(self, target: Target) -> Tensor:
-        n = target.n or 0 if self.subsampling is None else len(self.subsampling)
-        return torch.zeros(n, *target.tensor.shape, dtype=target.tensor.dtype, device=target.tensor.device)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..rules.default import MISTAKEN, quiet_vmap
 from ..samples import Samples, masked
 from .base import Target, WholeGraph
 from .bends import swept
-from .waves import arrived, squared
+from .readings import arrived, squared
 
 LARGEST = 1 << 28  # entries of columns at one operation beyond which products are taken
 

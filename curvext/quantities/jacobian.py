@@ -18,7 +18,8 @@ from ..sources import loss_hessian
 from ..wave import Wave
 from .base import Target
 from .ggn import _FactorReading
-from .waves import Arrived, Factor, Waves, formed
+from .readings import Arrived, BySample, formed
+from .waves import Factor, Waves
 
 
 class _Identity:
@@ -71,6 +72,8 @@ def _identity(ones: Tensor, axis: Axis, n: int) -> Tensor:
 
 
 class _OfOutput(_FactorReading):
+    per_sample = True
+
     @property
     def waves(self) -> tuple[Wave, ...]:
         return (OutputColumns(),)
@@ -94,7 +97,7 @@ class _OfOutput(_FactorReading):
 
 
 @dataclass(frozen=True)
-class Jacobian(_OfOutput):
+class Jacobian(BySample, _OfOutput):
     """Derivatives of every sample's outputs, ``[C, N, *P]``: ``jacobian[c, n]`` = ∂z_nc/∂p.
 
     C counts all outputs of a sample, classes times positions, in the order of the flattened output. The output z is
@@ -108,15 +111,10 @@ class Jacobian(_OfOutput):
     """
 
     savefield = "jacobian"
+    leading = (0,)
 
     def reading(self, columns: PerSample, target: Target) -> Tensor:
         return formed(columns, target, self.savefield, columns.size)
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a, b], 1)
-
-    def zero(self, target: Target) -> Tensor:
-        return target.tensor.new_zeros(0, target.n or 0, *target.tensor.shape)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from ..persample import Outer, PerSample
 from ..rows import Rows
 from ..wave import Wave
 from .base import Quantity, Target
-from .waves import Factor, SampleGradients, arrived, owned
+from .readings import arrived
+from .waves import Factor, SampleGradients, owned
 
 SETTINGS = ("expand", "reduce")
 

@@ -17,7 +17,7 @@ from .base import Saved, Target, WholeGraph
 from .bends import BendFactor
 from .ggn import _Exact, _FactorReading
 from .hessian import differentiated_twice, refuse_mistaken
-from .waves import Arrived
+from .readings import Arrived
 
 
 @dataclass(frozen=True, eq=False)

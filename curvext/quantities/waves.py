@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
-from ..factor import Diagonal, Whole, across, at_target, part, pass_columns, reduced_columns
+from ..factor import Diagonal, Whole, across, part, pass_columns, reduced_columns
 from ..graph import Edge, Operation
 from ..hessians import DiagonalHessian, LossHessian, convex
 from ..output import Output, convex_in_output
@@ -18,7 +17,6 @@ from ..persample import Dense, PerSample
 from ..samples import BATCH, Axis, masked
 from ..sources import is_layer, loss_hessian, may_start, starts
 from ..wave import Wave
-from .base import Target
 
 Waves = Sequence[Any]
 Part = tuple[int, int | None] | None  # the first of some columns, and the one after the last; None: all
@@ -166,60 +164,3 @@ class Factor(Wave):
 
 def _plus(a: Any, b: Any) -> Any:
     return a.plus(b) if isinstance(a, PerSample) else a + b
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """What a target got from the factor wave, by kind."""
-
-    samples: list[PerSample]
-    whole: list[Whole]
-    diagonal: list[Diagonal]
-
-    def owned(self, what: str) -> PerSample | None:
-        """The columns of the samples, if there are no others.
-
-        Raises:
-            CurvatureError: if a term of the loss that no sample owns has curvature here.
-        """
-        if self.whole or self.diagonal:
-            raise CurvatureError(
-                f"{what}: a term of the loss that no sample owns (a penalty on the weights, or mixed samples) "
-                "has curvature here. DiagGGNExact, DiagGGNMC and GGNBlock include such terms; otherwise leave "
-                "penalties to the optimizer (weight_decay), or pass samples=1"
-            )
-        return joined(self.samples)
-
-
-def arrived(value: Any, target: Target) -> Arrived:
-    """Sorts what arrived at a target."""
-    values = [at_target(v, target.axis, target.n) for v in (value or {}).values()]
-    return Arrived(*([v for v in values if isinstance(v, kind)] for kind in (PerSample, Whole, Diagonal)))  # type: ignore[arg-type]
-
-
-def squared(value: Any) -> Tensor:
-    """The diagonal of Σᵥ Sᵥ Sᵥᵀ, in the tensor's shape."""
-    if isinstance(value, PerSample):
-        return value.squares()
-    if isinstance(value, Diagonal):
-        return value.h
-    return (value.columns if isinstance(value, Whole) else value).square().sum(0)  # type: ignore[no-any-return]
-
-
-def joined(parts: Sequence[PerSample]) -> PerSample | None:
-    """The columns of several sources, one after the other."""
-    if len(parts) > 1:
-        return Dense(torch.cat([p.dense() for p in parts]))
-    return parts[0] if parts else None
-
-
-def formed(columns: PerSample, target: Target, savefield: str, leading: Sequence[int]) -> Tensor:
-    """All of ``columns`` as ``[*leading, *P]``, in the memory of an earlier result if that can be."""
-    if isinstance(columns, Dense):
-        return columns.values.view(*leading, *target.tensor.shape)
-    shape = (*leading, *target.tensor.shape)
-    out = target.memory(savefield, *shape)
-    if out is None:
-        out = columns.empty(shape)
-    columns.dense(out.view(*columns.size, *target.tensor.shape))
-    return out
