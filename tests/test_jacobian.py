@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import curvext
-from curvext import NTK, CurvatureError, Jacobian, extend
+from curvext import NTK, BatchGrad, CurvatureError, Jacobian, extend
 from curvext.persample import Outer
 
 from .models import Attention, Residual, cnn, mlp
@@ -136,3 +136,10 @@ def test_refused_where_no_output_can_be_told():
     model, x = mlp(), torch.randn(N, 4)
     with extend(model, Jacobian()), pytest.raises(CurvatureError, match=r"curvext\.output"):
         model(x).mean().square().backward()
+
+
+@pytest.mark.parametrize("quantity", [Jacobian(), NTK(), BatchGrad()], ids=lambda q: q.savefield)
+def test_refused_where_the_number_of_samples_is_in_doubt(quantity):
+    layer, x = nn.Linear(4, 3), torch.randn(2 * N, 4)
+    with extend(layer, quantity), pytest.raises(CurvatureError, match="leading dimensions are 4 and 8.*pass samples="):
+        (layer(x).square().sum() + layer(x[:N]).cosh().sum()).backward()
