@@ -13,73 +13,10 @@ from torch import nn
 from curvext import EKFAC, KFAC, KFLR, KFRA, BatchGrad, CurvatureError, GGNBlock, Kronecker, SqrtGGNMC, extend
 
 from . import models
+from .kronecker_factors import N, Recorded, classes, factors, near, recorded, swept, waves, with_one
 from .reference import gauss_newton
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-N = 6
-
-
-def near(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
-
-
-def classes(*shape, c=3):
-    return torch.randint(0, c, shape)
-
-
-def swept(model, loss, *quantities, **options):
-    """The results of one backward pass."""
-    with extend(model, *(quantities or (KFLR(),)), **options) as curvature:
-        loss().backward()
-    return curvature
-
-
-def loss_hessians(loss, z):
-    """Every sample's Hessian of loss(z), ``[N, D, D]``."""
-    n = len(z)
-    b = torch.autograd.functional.hessian(loss, z.detach()).reshape(n, z[0].numel(), n, -1)
-    return torch.stack([b[k, :, k] for k in range(n)])
-
-
-def waves(loss, z, y):
-    """Jᵀ S at an intermediate tensor y for columns S with Σ S Sᵀ the loss's Hessian: ``[C, *y.shape]``."""
-    values, vectors = torch.linalg.eigh(loss_hessians(loss, z))
-    columns = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).movedim(2, 0).reshape(-1, *z.shape)
-    return torch.stack([torch.autograd.grad(z, y, s, retain_graph=True)[0] for s in columns])
-
-
-def factors(s, x, setting="expand"):
-    """The definition from waves ``s [C, N, T, O]`` and inputs ``x [N, T, I]``."""
-    if setting == "reduce":
-        s, x = s.sum(2, keepdim=True), x.mean(1, keepdim=True)
-    n, t = x.shape[:2]
-    return torch.einsum("cnto,cntp->op", s, s), torch.einsum("nti,ntj->ij", x, x) / (n * t)
-
-
-def with_one(x):
-    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
-
-
-class Recorded(nn.Module):
-    """A layer and a head with a nonlinearity between them; remembers the layer's output."""
-
-    def __init__(self, layer, example):
-        super().__init__()
-        self.layer = layer
-        self.head = nn.Linear(layer(example).flatten(1).shape[1], 3)
-
-    def forward(self, x):
-        self.y = self.layer(x)
-        return self.head(torch.tanh(self.y).flatten(1))
-
-
-def recorded(layer, x, setting="expand"):
-    """After a pass of KFLR with cross entropy: the layer, and the definition's waves at its output."""
-    model, y = Recorded(layer, x), classes(len(x))
-    swept(model, lambda: F.cross_entropy(model(x), y), KFLR(setting))
-    z = model(x)
-    return layer, waves(lambda z: F.cross_entropy(z, y), z, model.y)
 
 
 settings = pytest.mark.parametrize("setting", ["expand", "reduce"])
@@ -418,87 +355,6 @@ def test_uses_that_do_not_add_up():
     with pytest.raises(CurvatureError, match="cannot be added"), extend([weight], KFLR(dense_up_to=5)):
         F.cross_entropy(x @ weight.T, classes(N)).backward()
         F.cross_entropy(x[:, :3] * weight.sum(1), classes(N)).backward()
-
-
-def eigenbasis_cases():
-    yield "conv", lambda: nn.Conv2d(2, 3, 3, padding=1), torch.randn(N, 2, 3, 3)
-    yield "grouped", lambda: nn.Conv2d(4, 4, 2, groups=2), torch.randn(N, 4, 3, 3)
-    yield "transposed", lambda: nn.ConvTranspose1d(2, 3, 2, stride=2), torch.randn(N, 2, 3)
-    yield "positions", lambda: nn.Linear(2, 3), torch.randn(N, 4, 2)
-    yield "embedding", lambda: nn.Embedding(5, 3), classes(N, 4, c=5)
-
-
-@pytest.mark.parametrize(("make", "x"), [pytest.param(m, x, id=n) for n, m, x in eigenbasis_cases()])
-def test_eigenbasis(make, x):
-    """In the eigenbasis of the factors, the diagonal is the block's own."""
-    x = x.to(torch.get_default_dtype()) if x.is_floating_point() else x
-    model, y = Recorded(make(), x), classes(N)
-    found = swept(model, lambda: F.cross_entropy(model(x), y), KFLR(), EKFAC(None), GGNBlock())
-    weight = model.layer.weight
-    got, block = weight.ekfac, weight.ggn_block
-    vectors = [torch.eye(n).repeat(got.dims[0], 1, 1) if q is None else q.reshape(got.dims[0], n, n).contiguous()
-               for q, n in zip(got.vectors, got.dims[1:], strict=True)]  # fmt: skip
-    q = torch.block_diag(*[torch.kron(*pair) for pair in zip(*vectors, strict=True)])
-    near(q.T @ q, torch.eye(len(q)))
-    near(got.values.flatten(), (q.T @ block @ q).diagonal())
-    rotated = q.T @ Kronecker(weight.kflr, weight.shape).dense() @ q
-    near(rotated, rotated.diagonal().diag())
-    assert (got.dense() - block).norm() <= (Kronecker(weight.kflr, weight.shape).dense() - block).norm()
-    with extend(model, EKFAC(None, basis=found.ekfac)) as parts:  # the sum over parts of a batch, in a given basis
-        for part in (slice(0, 2), slice(2, N)):
-            (F.cross_entropy(model(x[part]), y[part]) * len(y[part]) / N).backward()
-    for name, whole in found.ekfac.items():
-        near(parts.ekfac[name].dense(), whole.dense())
-
-
-def test_eigenbases_of_several_passes_do_not_add_up():
-    model, x, y = nn.Linear(4, 3), torch.randn(N, 4), classes(N)
-    with pytest.raises(CurvatureError, match="EKFAC\\(basis="), extend(model, EKFAC()):
-        F.cross_entropy(model(x), y).backward()
-        F.cross_entropy(model(x), y).backward()
-
-
-def test_averaged_recursion():
-    """KFRA against M_x = 1/N Σ J_nᵀ M J_n with the Jacobians of each layer."""
-    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.Sigmoid(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2), nn.ELU(),
-              nn.AvgPool2d(2), nn.Flatten(), nn.Softplus(), nn.Linear(3, 3)]  # fmt: skip
-    model, x, y = nn.Sequential(*layers), torch.randn(N, 2, 6, 6), classes(N)
-    swept(model, lambda: F.cross_entropy(model(x), y), KFRA())
-    xs = [x]
-    for layer in layers:
-        xs.append(layer(xs[-1]).detach())
-    m = loss_hessians(lambda z: F.cross_entropy(z, y), xs[-1]).sum(0)
-    for layer, a, b in zip(reversed(layers), reversed(xs[:-1]), reversed(xs[1:]), strict=True):
-        if hasattr(layer, "weight"):
-            outputs = len(layer.bias)
-            apart = m.view(outputs, b[0].numel() // outputs, outputs, -1)
-            inputs = a if a.dim() == 2 else F.unfold(a, layer.kernel_size, padding=layer.padding).mT
-            inputs = inputs.reshape(-1, inputs.shape[-1])
-            near(layer.weight.kfra, [apart.diagonal(0, 1, 3).sum(2), inputs.T @ inputs / len(inputs)])
-            near(layer.bias.kfra, [apart.sum((1, 3))])
-        jacobians = [torch.func.jacrev(lambda v, f=layer: f(v.unsqueeze(0)).flatten())(v).flatten(1) for v in a]
-        m = sum(j.T @ m @ j for j in jacobians) / N
-
-
-@pytest.mark.parametrize("reduce", [torch.amax, torch.logsumexp])
-def test_averaged_recursion_across_reductions(reduce):
-    """Their slopes are different in every sample."""
-    layer, x = nn.Linear(3, 4), torch.randn(N, 3)
-    swept(layer, lambda: reduce(layer(x), 1).square().sum(), KFRA())
-    slopes = torch.func.vmap(torch.func.grad(lambda z: reduce(z, 0)))(layer(x).detach())
-    near(layer.weight.kfra[0], 2 * slopes.T @ slopes)
-
-
-@pytest.mark.parametrize("what", ["residual", "twice", "norm"])
-def test_averaged_recursion_refuses(what):
-    layer, norm, x = nn.Linear(3, 3), nn.LayerNorm(3), torch.randn(N, 3)
-    output = {
-        "residual": lambda: layer(x) + torch.tanh(layer(x)),
-        "twice": lambda: layer(torch.tanh(layer(x))),
-        "norm": lambda: norm(layer(x)),
-    }[what]
-    with pytest.raises(CurvatureError, match="KFRA"):
-        swept(nn.ModuleList([layer, norm]), lambda: F.cross_entropy(output(), classes(N)), KFRA())
 
 
 def test_batch_normalisation_in_training():
