@@ -167,5 +167,5 @@ class TestGradScaler:
         same(mlp(), self.scaled(1024.0, overflow=True))
 
     def test_unscale_is_refused(self):
-        with pytest.raises(CurvatureError, match="unscaled the gradients and not the diagonals"):
+        with pytest.raises(CurvatureError, match="unscaled the gradients and not the curvature"):
             self.scaled(1024.0, unscale=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from curvext import CurvatureError
 from curvext.optim import CurveBall, DiagGaussNewton, GaussNewtonCG, HessianFree
-from curvext.optim.base import Objective
+from curvext.optim.objective import Objective
 from curvext.optim.stored import StoredGaussNewton
 from curvext.solvers import Constant, FullStep, LevenbergMarquardt, Martens, cg
 

@@ -190,6 +190,22 @@ def test_groups_schedulers_and_maximize():
     assert up.step(lambda: loss(other)).detach() < loss(other).detach()
 
 
+def test_groups_keep_to_their_own_settings():
+    """The upper layer's factors are due at every other step, and serve as an eigenbasis."""
+    model, apart = net(), [net(), net()]
+    upper = {"factors_every": 2, "damping": 0.3, "eigenbasis": True, "kl_clip": 1e-2, "inverses_every": 3}
+    every = {"quantity": curvext.KFAC(empirical=True)}
+    optimizer = KFAC([{"params": model[:3].parameters()}, {"params": model[3].parameters(), **upper}], **every)
+    alone = KFAC(apart[0][:3].parameters(), **every), KFAC(apart[1][3].parameters(), **every, **upper)
+    for k in range(5):
+        for one, its in [*zip(apart, alone, strict=True), (model, optimizer)]:
+            one.load_state_dict(model.state_dict())
+            its.step(lambda: loss(one, k))  # noqa: B023
+        together = [optimizer.state[p] for p in model.parameters()]
+        for a, b in zip(together, [*alone[0].state.values(), *alone[1].state.values()], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_refused():
     model = net()
     optimizer = KFAC(model.named_parameters())
@@ -197,7 +213,7 @@ def test_refused():
     before = values(model)
     with pytest.raises(CurvatureError, match=r"'0.weight' has a gradient and no kfac"):
         optimizer.step()
-    with pytest.raises(CurvatureError, match="unscaled the gradients and not the factors"):
+    with pytest.raises(CurvatureError, match="unscaled the gradients and not the curvature"):
         optimizer.found_inf = torch.zeros(())
         optimizer.step()
     table = nn.Embedding(5, 3, sparse=True)

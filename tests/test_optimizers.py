@@ -182,7 +182,7 @@ def test_parameters_come_and_go(name):
     run(model, optimizer, 1)
     model.lower.weight.requires_grad_(True)
     run(model, optimizer, 2)
-    with pytest.raises(ValueError, match="lr must be >= 0"):
+    with pytest.raises(ValueError, match="lr must not be negative"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1})
     assert len(optimizer.param_groups) == 2
 

@@ -20,8 +20,8 @@ from curvext.optim import (
     NewtonCG,
     SaddleFreeNewton,
 )
-from curvext.optim.base import Objective
 from curvext.optim.lbfgs import two_loops
+from curvext.optim.objective import Objective
 from curvext.optim.precondition import NAMED
 from curvext.optim.saddle_free import _on_span
 from curvext.solvers import Armijo, Constant, FullStep, LevenbergMarquardt, StrongWolfe

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvext import CurvatureError, HesScale, extend
-from curvext.optim import AdaHesScale, NewtonCG, ScaledStep
+from curvext.optim import KFAC, AdaHesScale, NewtonCG, ScaledStep
 
 from .models import mlp
 from .stepping import X, Y, loss_of, same
@@ -91,6 +91,18 @@ def test_a_large_delta_changes_nothing(make):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("eigenbasis", [False, True])
+def test_around_an_optimizer_with_a_block_of_its_own(eigenbasis):
+    models = []
+    for wrap in (lambda optimizer: optimizer, lambda optimizer: ScaledStep(optimizer, delta=1e9)):
+        torch.manual_seed(3)
+        models.append(mlp())
+        optimizer = wrap(KFAC(models[-1].parameters(), factors_every=2, eigenbasis=eigenbasis))
+        for _ in range(4):
+            optimizer.step(loss_of(models[-1]))
+    same(*models)
+
+
 @torch.no_grad()
 def test_survives_a_step_size_that_diverges():
     losses = {}
@@ -143,6 +155,12 @@ def test_schedulers_and_new_groups():
     assert optimizer.param_groups is optimizer.optimizer.param_groups
 
 
+def test_the_gradient_alone_needs_no_block(monkeypatch):
+    model = mlp()
+    monkeypatch.setattr("curvext.optim.block.extend", None)
+    ScaledStep(torch.optim.SGD(model.parameters(), lr=0.1), curvature="gradient").step(loss_of(model))
+
+
 def test_refuses_what_is_missing_or_stale():
     model = mlp()
     optimizer = ScaledStep(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -191,5 +209,5 @@ def test_grad_scaler_scales_both(make):
     with extend(model, *optimizer._quantities()):
         scaler.scale(F.cross_entropy(model(X.double()), Y)).backward()
     scaler.unscale_(optimizer)
-    with pytest.raises(CurvatureError, match=r"leave GradScaler.unscale_ out"):
+    with pytest.raises(CurvatureError, match="gradients and not the curvature"):
         scaler.step(optimizer)

@@ -2,7 +2,6 @@
 
 from .adahesscale import AdaHesScale as AdaHesScale
 from .base import ClosureOptimizer as ClosureOptimizer
-from .base import Report as Report
 from .curveball import CurveBall as CurveBall
 from .diag_gauss_newton import DiagGaussNewton as DiagGaussNewton
 from .gauss_newton_cg import GaussNewtonCG as GaussNewtonCG
@@ -16,3 +15,4 @@ from .precondition import FisherPreconditioner as FisherPreconditioner
 from .precondition import KroneckerPreconditioner as KroneckerPreconditioner
 from .saddle_free import SaddleFreeNewton as SaddleFreeNewton
 from .scaling import ScaledStep as ScaledStep
+from .search import Report as Report

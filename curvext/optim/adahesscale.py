@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import CurvatureError
-from ..extend import extend
 from ..quantities import HesScale
+from .block import DiagonalOptimizer, Ready
 
 Row = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]  # parameter, gradient, diagonal, state
 IN_CACHE = 1 << 14  # entries: on a CPU, so many are updated faster together than one tensor after the other
 
 
-class AdaHesScale(Optimizer):
+class AdaHesScale(DiagonalOptimizer):
     """Adam with the squared gradient replaced by the square of HesScale's Hessian diagonal.
 
         m ← β₁ m + (1 - β₁) g
@@ -74,8 +71,6 @@ class AdaHesScale(Optimizer):
     https://arxiv.org/abs/2406.03276.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler leaves the unscaling to step(), which unscales h too
-
     def __init__(
         self,
         params: Any,
@@ -90,8 +85,7 @@ class AdaHesScale(Optimizer):
         maximize: bool = False,
         variant: str = "adam",
     ):
-        self._forget()
-        defaults: dict[str, Any] = {
+        defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -102,87 +96,31 @@ class AdaHesScale(Optimizer):
             "maximize": maximize,
             "variant": variant,
         }
-        _check(defaults)
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        self._not_negative(group, "eps")
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"AdaHesScale: betas must be two numbers from [0, 1), got {betas}")
+        if group["variant"] not in ("adam", "sqrt", "newton"):
+            raise ValueError(f"AdaHesScale: variant must be 'adam', 'sqrt' or 'newton', got {group['variant']!r}")
 
-    def _forget(self) -> None:
-        """Start the record of used diagonals: their versions, for as long as they live. No part of the state."""
-        self._used = WeakIdKeyDictionary()
+    def _quantities(self) -> list[HesScale]:
+        return list(dict.fromkeys(map(_diagonal, self.param_groups)))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            _check(param_group)
-            named(self)
-        except Exception:
-            self.param_groups.pop()
-            raise
+    def _wrong(self, p: Tensor, group: dict[str, Any]) -> str | None:
+        return self._unusable(p, _diagonal(group))
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and drop the diagonals: a block leaves new ones, it never adds to them."""
-        super().zero_grad(set_to_none)
-        for group in self.param_groups:
+    def _update(self, ready: Ready) -> None:
+        for group, parameters in ready:
             field = _diagonal(group).savefield
-            for p in group["params"]:
-                p.__dict__.pop(field, None)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update.
-
-        Args:
-            closure: returns the loss; gradients and diagonals are computed here, in a block of the optimizer's own.
-                Without it, those that your own block has left on the parameters are used.
-
-        Returns:
-            What the closure returned.
-        """
-        loss = None if closure is None else self._evaluate(closure)
-        if getattr(self, "found_inf", 0):  # set by GradScaler: gradients have overflowed
-            return loss
-        ready = [(group, self._rows(i, group)) for i, group in enumerate(self.param_groups)]
-        for group, rows in ready:
+            rows: list[Row] = [(p, p.grad, getattr(p, field), self._state(p, group)) for p in parameters]  # type: ignore[misc]
             for together in _split(group["foreach"], rows):
                 _update(group, together)
-            field = _diagonal(group).savefield
-            for p, *_ in rows:
-                h = getattr(p, field)
-                self._used[h] = h._version
-        return loss
-
-    def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        """The loss of the closure, with gradients and diagonals left on the parameters."""
-        self.zero_grad()
-        return evaluate(self, closure, {_diagonal(group): None for group in self.param_groups})
-
-    def _rows(self, i: int, group: Mapping[str, Any]) -> list[Row]:
-        """Every parameter of group i with a gradient, with its gradient, diagonal and state."""
-        rows, quantity = [], _diagonal(group)
-        for k, p in enumerate(group["params"]):
-            if p.grad is None or not p.requires_grad:
-                continue
-            h = getattr(p, quantity.savefield, None)
-            wrong = unusable(p, h, quantity, self._used)
-            if wrong or h is None:
-                raise CurvatureError(f"AdaHesScale: parameter {_name(group, i, k)!r} {wrong}")
-            rows.append((p, self._unscaled(p.grad), self._unscaled(h), self._state(p, group)))
-        return rows
-
-    def _unscaled(self, linear: Tensor) -> Tensor:
-        """A gradient or diagonal of the loss itself, if GradScaler has scaled it: both are linear in the loss."""
-        if not hasattr(self, "found_inf"):
-            return linear
-        scale = getattr(self, "grad_scale", None)
-        if scale is None:
-            raise CurvatureError(
-                "AdaHesScale: GradScaler.unscale_ has unscaled the gradients and not the diagonals. Leave it out; "
-                "scaler.step(optimizer) unscales both."
-            )
-        return linear / scale
+            for _, _, h, _ in rows:
+                self._use(h)
 
     def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Number of steps, average of g, average of h² or |h|."""
@@ -194,59 +132,6 @@ class AdaHesScale(Optimizer):
         return state
 
 
-def evaluate(optimizer: Optimizer, closure: Callable[[], Any], quantities: Mapping[Any, None], **options: Any) -> Any:
-    """The loss of a closure, with gradients and quantities left on an optimizer's parameters."""
-    parameters = named(optimizer)
-    block = extend(parameters, *quantities, **options)
-    with torch.enable_grad(), block:
-        loss = closure()
-        if not block.backwards:
-            _check_returned(optimizer, loss, parameters)
-            loss.backward()
-    return loss
-
-
-def _check_returned(optimizer: Optimizer, loss: Any, parameters: Mapping[str, Tensor]) -> None:
-    who = type(optimizer).__name__
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{who}: the closure must return the loss, a tensor, got {type(loss).__name__}")
-    if any(p.grad is not None for p in parameters.values()):
-        raise CurvatureError(
-            f"{who}: the closure computed gradients without loss.backward() (torch.autograd.backward is not "
-            "seen), so there is no diagonal. Let it return the loss and call no backward at all."
-        )
-
-
-def named(optimizer: Optimizer) -> dict[str, Tensor]:
-    """All parameters of an optimizer, by their names or places."""
-    found: dict[str, Tensor] = {}
-    who = type(optimizer).__name__
-    for i, group in enumerate(optimizer.param_groups):
-        for k, p in enumerate(group["params"]):
-            name = _name(group, i, k)
-            if name in found:
-                raise ValueError(f"{who}: params has two parameters named {name!r}")
-            if p.is_complex():
-                raise CurvatureError(f"{who}: parameter {name!r} is complex; use torch.view_as_complex")
-            found[name] = p
-    return found
-
-
-def unusable(p: Tensor, h: Tensor | None, quantity: HesScale, used: Mapping[Tensor, int]) -> str | None:
-    """Why a diagonal is not one of the parameter's last block; ``used``: versions of those that steps have used."""
-    remedy = "in a block, with extend(model, {}): loss.backward(); or give step() a closure."
-    if p.grad is not None and p.grad.layout is not torch.strided:
-        return "has a sparse gradient; use dense ones (sparse=False in nn.Embedding)"
-    if h is None:
-        return f"has a gradient and no {quantity.savefield}. Compute both {remedy.format(quantity)}"
-    if h.shape != p.shape:
-        return f"has a {quantity.savefield} of shape {tuple(h.shape)}, not {tuple(p.shape)}"
-    if used.get(h) == h._version:
-        stale = f"has a stale {quantity.savefield}: an earlier step has used it."
-        return f"{stale} Compute a new one {remedy.format(quantity)}"
-    return None
-
-
 def _diagonal(group: Mapping[str, Any]) -> HesScale:
     return HesScale(gauss_newton=group["gauss_newton"])
 
@@ -254,10 +139,6 @@ def _diagonal(group: Mapping[str, Any]) -> HesScale:
 def _average(group: Mapping[str, Any]) -> str:
     """Name of v in the state."""
     return "exp_avg_sq" if group["variant"] == "adam" else "exp_avg_abs"
-
-
-def _name(group: Mapping[str, Any], i: int, k: int) -> str:
-    return group["param_names"][k] if "param_names" in group else f"params[{k}] of group {i}"
 
 
 def _split(foreach: bool | None, rows: list[Row]) -> Iterator[list[Row]]:
@@ -307,15 +188,3 @@ def _update(group: Mapping[str, Any], rows: list[Row]) -> None:
         torch._foreach_div_(denominator, [math.sqrt(c) for c in correction])
     torch._foreach_add_(denominator, group["eps"])
     torch._foreach_addcdiv_(p, m, denominator, [-lr / (1 - beta1**k) for k in t])
-
-
-def _check(group: Mapping[str, Any]) -> None:
-    """Hyperparameters in range; NaN is not."""
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"AdaHesScale: {name} must not be negative, got {group[name]}")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"AdaHesScale: betas must be two numbers from [0, 1), got {betas}")
-    if group["variant"] not in ("adam", "sqrt", "newton"):
-        raise ValueError(f"AdaHesScale: variant must be 'adam', 'sqrt' or 'newton', got {group['variant']!r}")

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..solvers import Armijo, LevenbergMarquardt
-from .base import ClosureOptimizer, Damping, LineSearch, Objective, Products, Report
+from .base import ClosureOptimizer, Damping
+from .objective import Objective
+from .point import Products
+from .search import LineSearch, Report
 
 
 class CurveBall(ClosureOptimizer):

@@ -7,8 +7,10 @@ from typing import Any
 
 from ..quantities import DiagGGNExact
 from ..solvers import Armijo, LevenbergMarquardt
-from .base import ClosureOptimizer, Damping, LineSearch, Objective, Report
+from .base import ClosureOptimizer, Damping
+from .objective import Objective
 from .precondition import DiagonalPreconditioner
+from .search import LineSearch, Report
 
 
 class DiagGaussNewton(ClosureOptimizer):

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..solvers import Armijo, LevenbergMarquardt, Solution, cg
-from .base import ClosureOptimizer, Damping, Found, LineSearch, Objective, Point, Products, Report
+from .base import ClosureOptimizer, Damping
+from .objective import Objective
+from .point import Point, Products
 from .precondition import Preconditioner
 from .precondition import preconditioner as by_name
+from .search import Found, LineSearch, Report
 from .stored import StoredGaussNewton
 
 

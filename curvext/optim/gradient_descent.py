@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..solvers import Armijo
-from .base import ClosureOptimizer, LineSearch, Objective, Report
+from .base import ClosureOptimizer
+from .objective import Objective
+from .search import LineSearch, Report
 
 
 class GradientDescent(ClosureOptimizer):

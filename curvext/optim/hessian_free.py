@@ -11,9 +11,12 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..solvers import Armijo, LevenbergMarquardt, Martens, Solution, backtrack, cg, reduction_ratio
-from .base import ClosureOptimizer, Damping, LineSearch, Objective, Point, Products, Report
+from .base import ClosureOptimizer, Damping
+from .objective import Objective
+from .point import Point, Products
 from .precondition import Preconditioner
 from .precondition import preconditioner as by_name
+from .search import LineSearch, Report
 
 
 class HessianFree(ClosureOptimizer):

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from ..solvers import Armijo
-from .base import ClosureOptimizer, Found, LineSearch, Objective, Point, Report
+from .base import ClosureOptimizer
+from .objective import Objective
+from .point import Point
+from .search import Found, LineSearch, Report
 
 
 class LBFGS(ClosureOptimizer):

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..solvers import Armijo, Solution, cg
-from .base import ClosureOptimizer, Damping, LineSearch, Objective, Point, Products, Report
+from .base import ClosureOptimizer, Damping
+from .objective import Objective
+from .point import Point, Products
 from .precondition import Preconditioner, preconditioner
+from .search import LineSearch, Report
 
 
 class NewtonCG(ClosureOptimizer):

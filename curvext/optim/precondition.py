@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kronecker import Block, Kronecker
 from ..operators.structured import BlockDiagonal, KroneckerBlock
 from ..quantities import KFAC, KFLR, BatchL2Grad, DiagGGNExact, DiagGGNMC, HesScale, SumGradSquared
-from .base import Point
+from .point import Point
 
 Preconditioner = Callable[[Point, float], Any]
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ..solvers import Armijo, LevenbergMarquardt, lanczos, saddle_free, saddle_free_series
-from .base import ClosureOptimizer, Damping, Found, LineSearch, Objective, Point, Products, Report
+from .base import ClosureOptimizer, Damping
+from .objective import Objective
+from .point import Point, Products
+from .search import Found, LineSearch, Report
 
 DAMPING = {
     "lanczos": LevenbergMarquardt(first=1e-2, boost=3.0, drop=1 / 3, least=1e-8),

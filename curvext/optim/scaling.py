@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import CurvatureError
 from ..quantities import HesScale
-from .adahesscale import AdaHesScale, _diagonal, _name, evaluate, named, unusable
+from .block import BlockOptimizer, DiagonalOptimizer, Ready
 
 QUANTITIES = {"hesscale": HesScale(), "hesscale_gn": HesScale(gauss_newton=True)}
 
 
-class ScaledStep(Optimizer):
+class ScaledStep(DiagonalOptimizer):
     """Scales the steps u of another optimizer so that ½ Σ c u², the second-order change of the loss, stays below δ.
 
         v ← β v + (1 - β) h²,  c = √v                 (average="absolute": v ← β v + (1 - β) |h|, c = v)
@@ -53,8 +51,6 @@ class ScaledStep(Optimizer):
     Source: Elsayed et al. 2024, https://arxiv.org/abs/2406.03276, and its released code.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler leaves the unscaling to step(), which unscales h too
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -76,15 +72,9 @@ class ScaledStep(Optimizer):
         self.optimizer, self.param_groups = optimizer, optimizer.param_groups
         self.delta, self.max_scale, self.beta = delta, max_scale, beta
         self.curvature, self.average, self.scale = curvature, average, torch.tensor(max_scale)
-        self._used = WeakIdKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizer", "delta", "max_scale", "beta", "curvature", "average", "scale")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._used = WeakIdKeyDictionary()
+    def _check(self, group: dict[str, Any]) -> None:
+        """Groups are the optimizer's, which has checked them."""
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, and the state of the optimizer that is scaled."""
@@ -102,71 +92,41 @@ class ScaledStep(Optimizer):
         else:
             super().add_param_group(param_group)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and drop the diagonals."""
-        self.optimizer.zero_grad(set_to_none)
-        for quantity in self._quantities():
-            for p in named(self).values():
-                p.__dict__.pop(quantity.savefield, None)
-
-    def _quantities(self) -> dict[HesScale, None]:
+    def _quantities(self) -> list[Any]:
         """Those that this step and the optimizer's read."""
+        return self._and(self.optimizer._quantities() if isinstance(self.optimizer, BlockOptimizer) else [])
+
+    def _due(self) -> list[Any]:
+        return self._and(self.optimizer._due() if isinstance(self.optimizer, BlockOptimizer) else [])
+
+    def _and(self, theirs: Sequence[Any]) -> list[Any]:
         own = [QUANTITIES[self.curvature]] if self.curvature in QUANTITIES else []
-        theirs = map(_diagonal, self.param_groups) if isinstance(self.optimizer, AdaHesScale) else ()
-        return dict.fromkeys([*own, *theirs])
+        return list(dict.fromkeys([*own, *theirs]))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One scaled step of the optimizer; closure and result as in :meth:`AdaHesScale.step`."""
-        loss = None
-        if closure is not None:
-            self.zero_grad()
-            loss = evaluate(self, closure, self._quantities())
-        if getattr(self, "found_inf", 0):  # set by GradScaler: gradients have overflowed
-            return loss
-        rows = self._rows()
-        self._unscale([p for p, _ in rows])
-        before = [p.clone() for p, _ in rows]
+    def _generator(self) -> torch.Generator | None:
+        return self.optimizer._generator() if isinstance(self.optimizer, BlockOptimizer) else None
+
+    def _wrong(self, p: Tensor, group: dict[str, Any]) -> str | None:
+        return self._unusable(p, QUANTITIES[self.curvature]) if self.curvature in QUANTITIES else None
+
+    def _update(self, ready: Ready) -> None:
+        rows = [(p, p.clone(), self._curvature(p)) for _, parameters in ready for p in parameters]
         self.optimizer.step()
-        self._shorten([(p, start, h) for (p, h), start in zip(rows, before, strict=True)])
-        return loss
+        if rows:
+            self._shorten(rows)
 
-    def _rows(self) -> list[tuple[Tensor, Tensor]]:
-        """Every parameter that has a gradient, with what stands for h."""
-        rows, quantity = [], QUANTITIES.get(self.curvature)
-        for i, group in enumerate(self.param_groups):
-            for k, p in enumerate(group["params"]):
-                if p.grad is None or not p.requires_grad:
-                    continue
-                h = p.grad if quantity is None else getattr(p, quantity.savefield, None)
-                wrong = unusable(p, h, quantity or QUANTITIES["hesscale"], {} if quantity is None else self._used)
-                if wrong or h is None:
-                    raise CurvatureError(f"ScaledStep: parameter {_name(group, i, k)!r} {wrong}")
-                rows.append((p, h))
-        return rows
-
-    def _unscale(self, parameters: list[Tensor]) -> None:
-        """Gradients and diagonals of the loss itself, if GradScaler has scaled it: both are linear in the loss."""
-        scale = getattr(self, "grad_scale", None)
-        if scale is None and not (hasattr(self, "found_inf") and self._quantities()):
-            return
-        if scale is None:
-            raise CurvatureError("ScaledStep: leave GradScaler.unscale_ out, which leaves diagonals as they are; "
-                                 "scaler.step(optimizer) unscales both")  # fmt: skip
-        for p in parameters:
-            for linear in (p.grad, *(getattr(p, q.savefield) for q in self._quantities())):
-                linear.div_(scale)
+    def _curvature(self, p: Tensor) -> Tensor:
+        """What stands for h."""
+        return getattr(p, "grad" if self.curvature == "gradient" else self.curvature)  # type: ignore[no-any-return]
 
     def _shorten(self, rows: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """The rule of the class's docstring, where parameters have moved from ``start``."""
-        if not rows:
-            return
         device = rows[0][0].device
         parts = [(self._average(p, h) * (p - start).square()).sum().to(device) for p, start, h in rows]
         self.scale = (2 * self.delta / torch.stack(parts).sum()).sqrt().clamp(max=self.max_scale)
         for p, start, h in rows:
             p.copy_(torch.lerp(start, p, self.scale.to(p)))  # exactly p where the scale is 1
-            self._used[h] = h._version
+            self._use(h)
 
     def _average(self, p: Tensor, h: Tensor) -> Tensor:
         """c of a parameter, from its average brought up to date."""

@@ -1,0 +1,31 @@
+"""What all optimizers here share: settings that are checked, and copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+class CheckedOptimizer(Optimizer):
+    """An optimizer that refuses groups with settings out of range. Public attributes survive copies and pickling."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise if a setting of a new group is out of range; NaN is."""
+        self._not_negative(group, "lr", "weight_decay")
+
+    def _not_negative(self, group: dict[str, Any], *names: str) -> None:
+        for name in names:
+            if not group[name] >= 0:
+                raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {group[name]}")
