@@ -28,7 +28,7 @@ from curvext.spectra import (
     xtrace,
 )
 
-from .test_solvers import Counting, symmetric
+from .matrices import Counting, symmetric
 
 pytestmark = pytest.mark.usefixtures("float64")
 

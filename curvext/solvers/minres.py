@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from .solution import Solution, check, damped, preconditioned
+
+Product = Callable[[Tensor], Tensor]
 
 
 def minres(
@@ -39,41 +43,45 @@ def minres(
     """
     b = check(operator, b)
     product, precondition = damped(operator, damping), preconditioned(preconditioner, b)
-    y, before, now = precondition(b), torch.zeros_like(b), b
-    first = beta = _length(b, y)
+    y = precondition(b)
+    first = phi = _length(b, y)
     x, w, w_before = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
-    cosine, sine, dbar, epsilon, phi, size = -1.0, 0.0, 0.0, 0.0, first, 0.0
-    residuals, beta_before = [first], 1.0
-    reason = "tolerance" if first == 0 else "steps"
+    cosine, sine, dbar, epsilon, size, beta = -1.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    residuals, reason = [first], "steps" if first else "tolerance"
     limit = 5 * len(b) if steps is None else steps
-    while reason == "steps" and len(residuals) <= limit:
-        # Lanczos: A v = beta_before v_before + alpha v + beta v_next, with v = y / beta
+    for v, alpha, beta_next in islice(_lanczos(product, precondition, b, y), limit if first else 0):
+        beta_before, beta = beta, beta_next
+        # two rotations make T triangular
+        delta, gbar = cosine * dbar + sine * alpha, sine * dbar - cosine * alpha
+        epsilon_before, epsilon, dbar = epsilon, sine * beta, -cosine * beta
+        size = max(size, abs(alpha) + beta + beta_before)
+        if math.hypot(gbar, dbar) <= tolerance * size:  # ‖A r‖ / ‖r‖ before this step
+            reason = "least squares"
+            break
+        gamma = math.hypot(gbar, beta)
+        cosine, sine = gbar / gamma, beta / gamma
+        w_before, w = w, (v - epsilon_before * w_before - delta * w) / gamma
+        x = x + cosine * phi * w
+        phi *= sine
+        residuals.append(phi)
+        if phi <= tolerance * first or not math.isfinite(phi):
+            reason = "tolerance" if math.isfinite(phi) else "not finite"
+            break
+    products = len(residuals) - 1 + (reason == "least squares")
+    return Solution(x, torch.tensor(residuals, dtype=b.dtype), reason == "tolerance", products, reason)
+
+
+def _lanczos(product: Product, precondition: Product, b: Tensor, y: Tensor) -> Iterator[tuple[Tensor, float, float]]:
+    """v, α and the next β of A v = β_before v_before + α v + β_next v_next, where v = y / β with y = M r."""
+    before, now, beta_before, beta = torch.zeros_like(b), b, 1.0, _length(b, y)
+    while True:
         v = y / beta
         z = product(v) - beta / beta_before * before
         alpha = float(v @ z)
         before, now = now, z - alpha / beta * now
         y = precondition(now)
         beta_before, beta = beta, _length(now, y)
-        # two rotations make T triangular
-        delta, gbar = cosine * dbar + sine * alpha, sine * dbar - cosine * alpha
-        epsilon_before, epsilon, dbar = epsilon, sine * beta, -cosine * beta
-        normal = math.hypot(gbar, dbar)  # ‖A r‖ / ‖r‖ before this step
-        gamma = math.hypot(gbar, beta)
-        size = max(size, abs(alpha) + beta + (beta_before if len(residuals) > 1 else 0.0))
-        if normal <= tolerance * size:
-            reason = "least squares"
-            break
-        cosine, sine = gbar / gamma, beta / gamma
-        w_before, w = w, (v - epsilon_before * w_before - delta * w) / gamma
-        x = x + cosine * phi * w
-        phi *= sine
-        residuals.append(phi)
-        if phi <= tolerance * first:
-            reason = "tolerance"
-        elif not math.isfinite(phi):
-            reason = "not finite"
-    products = len(residuals) - 1 + (reason == "least squares")
-    return Solution(x, torch.tensor(residuals, dtype=b.dtype), reason == "tolerance", products, reason)
+        yield v, alpha, beta
 
 
 def _length(r: Tensor, y: Tensor) -> float:
