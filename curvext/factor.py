@@ -47,21 +47,6 @@ class Diagonal:
     def __add__(self, other: Diagonal) -> Diagonal:
         return Diagonal(self.h + other.h)
 
-    def through(self, op: Operation) -> dict[int, Any]:
-        """Copies leave it diagonal; else its columns are written out, if they are few."""
-        rule = registry.find(op, "diagonal")
-        if rule is not None and rule.layout == "copies" and len(op.outputs) == 1:
-            return {
-                i: Diagonal(op.reduced(h, i)) for i, h in enumerate(op.vjp(self.h)) if h is not None and op.needs[i]
-            }
-        if self.h.numel() > WRITTEN:
-            raise CurvatureError(
-                f"a term of the loss that no sample owns has a Hessian with {self.h.numel()} columns here; leave it to "
-                "the optimizer (weight_decay), or write it directly in the parameters"
-            )
-        columns = torch.diag_embed(self.h.flatten().sqrt()).view(-1, *self.h.shape)
-        return across(op, [Whole(columns), *[None] * (len(op.outputs) - 1)])
-
 
 WRITTEN = 1024
 
@@ -120,6 +105,22 @@ def reduced_columns(op: Operation, columns: Tensor, i: int) -> Tensor:
     return (columns if meta.dtype.is_complex or not columns.is_complex() else columns.real).to(meta.dtype)
 
 
+def _diagonal(op: Operation, values: Sequence[Diagonal | None]) -> dict[int, Any]:
+    """Copies leave it diagonal; else its columns are written out, if they are few."""
+    rule = registry.find(op, "diagonal")
+    if rule is not None and rule.layout == "copies":
+        rows = op.vjp(*[None if v is None else v.h for v in values])
+        return {i: Diagonal(op.reduced(h, i)) for i, h in enumerate(rows) if h is not None and op.needs[i]}
+    roots = torch.cat([v.h.flatten() for v in values if v is not None]).sqrt()
+    if len(roots) > WRITTEN:
+        raise CurvatureError(
+            f"a term of the loss that no sample owns has a Hessian with {len(roots)} columns here; leave it to "
+            "the optimizer (weight_decay), or write it directly in the parameters"
+        )
+    columns = iter(torch.diag(roots).split([v.h.numel() for v in values if v is not None], 1))
+    return across(op, [None if v is None else Whole(next(columns).reshape(-1, *v.h.shape)) for v in values])
+
+
 def across(op: Operation, values: Sequence[Any]) -> dict[int, Any]:
     """What an operation's inputs get, by input, from columns of one source at its outputs."""
     if any(isinstance(value, PerSample) for value in values):
@@ -127,7 +128,7 @@ def across(op: Operation, values: Sequence[Any]) -> dict[int, Any]:
         return _shared(op, [at_target(value, axis, op.n_samples) for value, axis in places])
     present = next(value for value in values if value is not None)
     if isinstance(present, Diagonal):
-        return present.through(op)
+        return _diagonal(op, values)
     wanted = [need and axis is not None for need, axis in zip(op.needs, op.axes_seen, strict=True)]
     if isinstance(present, Whole):
         passed = pass_columns(op, [None if v is None else v.columns for v in values], op.needs)

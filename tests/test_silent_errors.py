@@ -239,6 +239,26 @@ def test_orthogonality_has_its_own_split():
     near(w.diag_ggn_exact.flatten(), block.diagonal())
 
 
+@pytest.mark.parametrize(
+    "residual",
+    [
+        lambda w: torch.cat([w.sin(), 2 * w.exp()]),
+        lambda w: torch.cat([w, w.exp()]),
+        lambda w: w.flatten().split(5)[1],
+        lambda w: torch.cat(w.unbind()[1:]),
+        lambda w: torch.stack([a @ b for a, b in zip(w[0].split(2), w[1].split(2), strict=True)]),
+    ],
+)
+def test_penalties_on_parts(residual):
+    """A weight that enters in several ways, or in part."""
+    model, x = mlp(), torch.randn(N, 4)
+    w = model[0].weight
+    with extend(model, GGNBlock()):
+        (F.cross_entropy(model(x), Y) + STRENGTH * residual(w).pow(2).sum()).backward()
+    block = blocks(lambda: model(x), lambda z: F.cross_entropy(z, Y), [w])[0]
+    near(w.ggn_block, block + STRENGTH * blocks(lambda: residual(w), lambda r: r.pow(2).sum(), [w])[0])
+
+
 @pytest.mark.parametrize("form", ["p.pow(2).sum()", "p.norm() ** 2", "cat.pow(2).sum()"])
 @pytest.mark.parametrize(
     "quantity", [BatchGrad(), BatchL2Grad(), SumGradSquared(), BatchDiagGGNExact(), SqrtGGNExact()]

@@ -22,6 +22,10 @@ Waves = Sequence[Any]
 Part = tuple[int, int | None] | None  # the first of some columns, and the one after the last; None: all
 
 
+class Source:
+    """Where columns come from: those of one source belong together in all tensors that they reach."""
+
+
 class _Unowned:
     """The gradient of a term of the loss that no sample owns, such as a penalty on weights."""
 
@@ -111,23 +115,26 @@ class Factor(Wave):
         reached = any(values is not None for values in wave)
         found: list[Any] = [{} if need and (reached or is_layer(op)) else None for need in op.needs]
         if starts(op, reached):
+            source = Source()
             for i, value in self._start(op, g).items():
-                found[i] = {} if value is None else {op.node: value}
+                found[i] = {} if value is None else {source: value}
         for source in {source: None for values in wave if values for source in values}:
-            for i, value in across(op, [None if values is None else values.get(source) for values in wave]).items():
-                found[i] = {**(found[i] or {}), source: value}
+            values = [None if values is None else values.get(source) for values in wave]
+            written = Source() if any(isinstance(value, Diagonal) for value in values) else source
+            for i, value in across(op, values).items():
+                found[i] = {**(found[i] or {}), source if isinstance(value, Diagonal) else written: value}
         return found
 
     def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
         return {i: self._columns(hessian.part(convex), op, op.axes_in[i]) for i, hessian in loss_hessian(op, g).items()}
 
     def seeds(self, output: Output) -> dict[Edge, Any]:
-        found: dict[Edge, Any] = {(op.node, 0): {} for op in output.marks}
+        source, found = Source(), {(op.node, 0): {} for op in output.marks}  # type: Source, dict[Edge, Any]
         for op in output.marks:
             if op.node in output.hessians:
                 hessian = output.hessians[op.node].part(convex_in_output)
                 value = self._columns(hessian, op, op.axes_out[0])
-                found[op.node, 0] = {} if value is None else {output: value}
+                found[op.node, 0] = {} if value is None else {source: value}
         return found
 
     def _columns(self, hessian: LossHessian, op: Operation, axis: Axis | None) -> Any:
