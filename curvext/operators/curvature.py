@@ -15,11 +15,8 @@ from ..selection import kept, named, selector, trained
 from .base import Operator
 from .data import Batches, Closure, Objective, Term, batch_normalised, call, output_tensors, twice_differentiable
 from .draws import loss_draws
-from .linearised import Linearised, Tensors
+from .linearised import Linearised, Tensors, room
 from .space import Space
-
-CACHE, GIBIBYTE = 2**22, 2**30
-FEWEST = 8  # columns for which carrying them together pays
 
 
 class OverData(Operator):
@@ -35,7 +32,7 @@ class OverData(Operator):
             raise CurvatureError("parameters of several dtypes or devices; choose some of them with only=")
         self.dtype, self.device, self.space = first.dtype, first.device, Space.of(self.parameters)
         self.domain = self.space
-        self.memory = memory or (CACHE if self.device.type == "cpu" else GIBIBYTE)
+        self.memory = memory or room(self.device)
         self.batches = Batches(data, self.device, progress)
         self.keep = self.batches.single if keep is None else keep
         self._kept: list[Linearised] = []
@@ -69,11 +66,6 @@ class OverData(Operator):
     def refresh(self) -> None:
         """Forget kept graphs: needed only after parameters were changed through ``p.data``."""
         self._kept = []
-
-    def _chunk(self, at: Linearised, columns: int) -> int:
-        """How many columns at once."""
-        fit = self.memory // max(1, at.column_bytes) if columns > 1 else 1
-        return min(columns, fit) if fit >= FEWEST else 1
 
 
 class Curvature(OverData):
@@ -178,7 +170,7 @@ class Curvature(OverData):
         for at in self._linearised():
             parts = [
                 flat(self._term_product(at, vs, batched), batched)
-                for vs, batched in split(self.space, v, self._chunk(at, v.shape[1]))
+                for vs, batched in split(self.space, v, at.together(v.shape[1], self.memory))
             ]
             part = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             total = part if total is None else total + part
@@ -370,7 +362,8 @@ class Jacobian(OverData):
         rows = []
         for at in self._linearised():
             parts = [
-                flat(at.jvp(vs, batched), batched) for vs, batched in split(self.space, v, self._chunk(at, v.shape[1]))
+                flat(at.jvp(vs, batched), batched)
+                for vs, batched in split(self.space, v, at.together(v.shape[1], self.memory))
             ]
             rows.append(torch.cat(parts, 1))
         return torch.cat(rows)
@@ -381,7 +374,8 @@ class Jacobian(OverData):
             space = Space({str(i): z.shape for i, z in enumerate(at.term.outputs)})
             rows, start = v[start : start + space.size], start + space.size
             parts = [
-                flat(at.vjp(us, batched), batched) for us, batched in split(space, rows, self._chunk(at, v.shape[1]))
+                flat(at.vjp(us, batched), batched)
+                for us, batched in split(space, rows, at.together(v.shape[1], self.memory))
             ]
             total += torch.cat(parts, 1)
         return total

@@ -22,6 +22,7 @@ from ..sweep import Settings
 from .data import Term
 
 Tensors = list[Tensor]
+FEWEST = 8  # columns for which carrying them together pays
 
 
 class Linearised:
@@ -86,11 +87,21 @@ class Linearised:
         operations = Graph([edge_of(self.term.value)[0]]).operations(targets, Settings())
         return not any((bends(op) and any(op.needs)) or sum(op.needs) > 1 for op in operations)
 
+    def together(self, columns: int, memory: int) -> int:
+        """How many columns to carry at once within some bytes."""
+        fit = memory // max(1, self.column_bytes) if columns > 1 else 1
+        return min(columns, fit) if fit >= FEWEST else 1
+
     @cached_property
     def column_bytes(self) -> int:
         """About the memory of one column on its way through the graphs."""
         roots = [self.term.value, *self.term.outputs]
         return 3 * sum(_bytes(node) for node in _nodes(roots)) + 3 * sum(p.nbytes for p in self.parameters)
+
+
+def room(device: torch.device) -> int:
+    """The bytes that columns may take on their way, if nothing is said: a CPU's cache, or 1 GiB."""
+    return 2**22 if device.type == "cpu" else 2**30
 
 
 def differentiable(outputs: Tensors, inputs: Tensors, u: Tensors | None = None) -> Tensors:

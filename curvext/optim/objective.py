@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..operators.data import twice_differentiable
+from ..operators.space import Space
 from ..solvers import FullStep, Step
 from .point import BACKWARD, Point
 from .search import Found, LineSearch, Trials
@@ -26,6 +27,8 @@ class Objective:
 
     Attributes:
         parameters: those that require a gradient, over all groups.
+        space: their shapes.
+        names: the same with the names that the optimizer was given; ``None`` without.
         evaluations: of the closure, so far.
     """
 
@@ -39,6 +42,8 @@ class Objective:
             raise CurvatureError(f"{type(optimizer).__name__}: parameters must be real, of one dtype and on one device")
         if len({bool(group["maximize"]) for _, group in rows}) > 1:
             raise ValueError(f"{type(optimizer).__name__}: maximize must be the same in all groups")
+        self.space = Space.of({str(i): p for i, p in enumerate(self.parameters)})
+        self.names = self._names(optimizer.param_groups)
         self.sign = -1.0 if rows[0][1]["maximize"] else 1.0
         self.decay, self.lr = self._spread(rows, "weight_decay"), self._spread(rows, "lr")
         self.start = self.flat(self.parameters)
@@ -51,6 +56,17 @@ class Objective:
         if len({float(group[name]) for _, group in rows}) == 1:
             return float(rows[0][1][name])
         return torch.cat([torch.full((p.numel(),), float(g[name]), dtype=p.dtype, device=p.device) for p, g in rows])
+
+    @staticmethod
+    def _names(groups: Sequence[dict[str, Any]]) -> Space | None:
+        if "param_names" not in groups[0]:
+            return None
+        pairs = [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
+        return Space.of({name: p for name, p in pairs if p.requires_grad})
+
+    def decayed(self, v: Tensor) -> Tensor:
+        """Weight decay times columns ``[P, K]``."""
+        return self.decay * v if isinstance(self.decay, float) else self.decay.unsqueeze(1) * v
 
     @staticmethod
     def flat(tensors: Sequence[Tensor]) -> Tensor:

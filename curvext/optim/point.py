@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..extend import Curvature, extend
+from ..operators.base import Operator
+from ..operators.curvature import flat, split
 from ..operators.data import Term
-from ..operators.linearised import Linearised
+from ..operators.linearised import Linearised, room
 
 if TYPE_CHECKING:
     from .objective import Closure, Objective
@@ -87,22 +89,25 @@ class Point:
                         p.__dict__[name] = value
 
 
-class Products:
-    """A curvature matrix ``[P, P]`` of a point, by its products; counts them."""
+class Products(Operator):
+    """A curvature matrix ``[P, P]`` of a point, weight decay included, by its products; counts them."""
 
     symmetric = True
 
     def __init__(self, point: Point, kind: str):
         self.point, self.kind = point, kind
-        theta = point.theta
-        self.shape, self.dtype, self.device = (len(theta), len(theta)), theta.dtype, theta.device
+        theta, self.domain = point.theta, point.objective.names
+        self.image, self.shape, self.dtype, self.device = self.domain, (len(theta),) * 2, theta.dtype, theta.device
 
-    def __matmul__(self, v: Tensor) -> Tensor:
+    def _apply(self, v: Tensor) -> Tensor:
         objective, graph = self.point.objective, self.point.graph
-        if v.dim() == 2:
-            return torch.stack([self @ column for column in v.mT], 1)
-        self.point.products += 1
-        pieces = objective.split(v)
-        hessian = self.kind == "hessian"
-        found = graph.hessian(pieces) if hessian else graph.vjp(graph.loss_hessian(graph.jvp(pieces)))
-        return objective.sign * objective.flat(found) + objective.decay * v
+        self.point.products += v.shape[1]
+        chunk = graph.together(v.shape[1], room(self.device))
+        found = [flat(self._product(vs, batched), batched) for vs, batched in split(objective.space, v, chunk)]
+        return objective.sign * torch.cat(found, 1) + objective.decayed(v)
+
+    def _product(self, v: list[Tensor], batched: bool) -> list[Tensor]:
+        graph = self.point.graph
+        if self.kind == "hessian":
+            return graph.hessian(v, batched)
+        return graph.vjp(graph.loss_hessian(graph.jvp(v, batched), batched), batched)

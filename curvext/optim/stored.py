@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..factor import at_target
+from ..operators.base import Operator
 from ..persample import Dense, Outer, PerSample
 from ..quantities.base import Quantity, Target
 from ..quantities.readings import arrived
@@ -49,7 +50,7 @@ class Stored(Quantity):
         return {}
 
 
-class StoredGaussNewton:
+class StoredGaussNewton(Operator):
     """G ``[P, P]`` of a point, weight decay included, by its stored parts; counts products as the point does.
 
     Args:
@@ -81,8 +82,11 @@ class StoredGaussNewton:
                 "closure's outputs are elsewhere; use jacobian='products'"
             )
 
-    def __matmul__(self, v: Tensor) -> Tensor:
-        self.point.products += 1
+    def _apply(self, v: Tensor) -> Tensor:
+        self.point.products += v.shape[1]
+        return torch.stack([self._product(column) for column in v.mT], 1) + self.objective.decayed(v)
+
+    def _product(self, v: Tensor) -> Tensor:
         inner: dict[Any, Any] = {}
         for parts, piece in zip(self.parts, self.objective.split(v), strict=True):
             for source, part in parts.items():
@@ -91,7 +95,7 @@ class StoredGaussNewton:
         for parts, piece in zip(self.parts, self.objective.split(found), strict=True):
             for source, part in parts.items():
                 piece += sums(part, inner[source])
-        return found + self.objective.decay * v
+        return found
 
 
 def _laid(part: PerSample) -> PerSample:
