@@ -171,6 +171,30 @@ def test_minres_singular():
     assert minres(A, torch.zeros(30)).converged
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_minres_stops_at_negative_curvature(diagonal, damping):
+    A, b = symmetric(torch.cat([torch.tensor([-0.5]), torch.linspace(0.5, 3, 40)])), torch.randn(41)
+    damped, M = A + damping * torch.eye(41), torch.rand(41) + 0.5 if diagonal else torch.ones(41)
+    found = minres(A, b, damping=damping, preconditioner=M, negative="stop")
+    assert found.reason == "negative curvature" and found.products == found.steps + 1 > 2 and not found.converged
+    d = found.direction
+    torch.testing.assert_close(d, M * (b - damped @ found.x))
+    assert d @ damped @ d <= 0 < d @ b
+    for steps in range(1, found.steps + 1):  # not earlier
+        before = minres(A, b, damping=damping, preconditioner=M, steps=steps, tolerance=0)
+        assert before.x @ damped @ before.x > 0 and before.x @ b > 0
+        if steps < found.steps:
+            r = M * (b - damped @ before.x)
+            assert r @ damped @ r > 0
+    torch.testing.assert_close(found.x, before.x)
+    assert minres(symmetric(torch.linspace(0.5, 3, 41)), b, negative="stop").converged
+    first = minres(-torch.eye(3), torch.ones(3), negative="stop")
+    assert first.products == 1 and not first.x.any() and torch.equal(first.direction, torch.ones(3))
+    with pytest.raises(CurvatureError, match="'stop'"):
+        minres(A, b, negative="absolute")
+
+
 def test_minres_refuses_an_indefinite_preconditioner():
     with pytest.raises(CurvatureError, match="positive definite"):
         minres(symmetric([1.0, 2.0]), torch.ones(2), preconditioner=-torch.ones(2))

@@ -24,10 +24,11 @@ def minres(
     preconditioner: Any = None,
     tolerance: float = 1e-6,
     steps: int | None = None,
+    negative: str = "ignore",
 ) -> Solution:
     """The x of the Krylov space that makes ‖b - (A + δ I) x‖ smallest, A symmetric, whatever its signs.
 
-    One product a step, seven vectors. For a singular A and a b outside its range the residual cannot vanish; then it
+    One product a step, eight vectors. For a singular A and a b outside its range the residual cannot vanish; then it
     ends with ``reason="least squares"`` and ``converged=False``, where Ar is nothing beside ‖A‖ ‖r‖.
 
     Args:
@@ -38,23 +39,32 @@ def minres(
             measured as (rᵀMr)^½.
         tolerance: of the residual relative to b's, and of ‖Ar‖ relative to ‖A‖ ‖r‖.
         steps: at most; 5 P if not given.
+        negative: ``"ignore"``, or ``"stop"`` where the residual r has rᵀM (A + δ I) M r <= 0 (to rounding), with the x
+            before that, for which bᵀx > 0 and xᵀ(A + δ I) x > 0 (it is zero at the first step), and ``direction`` Mr.
 
-    Source: C. Paige and M. Saunders, Solution of sparse indefinite systems of linear equations, 1975.
+    Sources: C. Paige and M. Saunders, Solution of sparse indefinite systems of linear equations, 1975; Y. Liu and
+    F. Roosta, A Newton-MR algorithm with complexity guarantees, 2022 (negative curvature).
     """
+    if negative not in ("ignore", "stop"):
+        raise CurvatureError(f"negative={negative!r}: give 'ignore' or 'stop'")
     b = check(operator, b)
     product, precondition = damped(operator, damping), preconditioned(preconditioner, b)
     y = precondition(b)
     first = phi = _length(b, y)
-    x, w, w_before = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
+    x, r, w, w_before = (torch.zeros_like(b) for _ in range(4))
     cosine, sine, dbar, epsilon, size, beta = -1.0, 0.0, 0.0, 0.0, 0.0, 0.0
     residuals, reason = [first], "steps" if first else "tolerance"
     limit = 5 * len(b) if steps is None else steps
     for v, alpha, beta_next in islice(_lanczos(product, precondition, b, y), limit if first else 0):
         beta_before, beta = beta, beta_next
+        r = sine**2 * r - phi * cosine * v  # M times the residual
         # two rotations make T triangular
         delta, gbar = cosine * dbar + sine * alpha, sine * dbar - cosine * alpha
         epsilon_before, epsilon, dbar = epsilon, sine * beta, -cosine * beta
         size = max(size, abs(alpha) + beta + beta_before)
+        if negative == "stop" and -cosine * gbar <= torch.finfo(b.dtype).eps * size:
+            reason = "negative curvature"
+            break
         if math.hypot(gbar, dbar) <= tolerance * size:  # ‖A r‖ / ‖r‖ before this step
             reason = "least squares"
             break
@@ -67,8 +77,10 @@ def minres(
         if phi <= tolerance * first or not math.isfinite(phi):
             reason = "tolerance" if math.isfinite(phi) else "not finite"
             break
-    products = len(residuals) - 1 + (reason == "least squares")
-    return Solution(x, torch.tensor(residuals, dtype=b.dtype), reason == "tolerance", products, reason)
+    products = len(residuals) - 1 + (reason in ("least squares", "negative curvature"))
+    direction = r if reason == "negative curvature" else None
+    residual = torch.tensor(residuals, dtype=b.dtype)
+    return Solution(x, residual, reason == "tolerance", products, reason, direction=direction)
 
 
 def _lanczos(product: Product, precondition: Product, b: Tensor, y: Tensor) -> Iterator[tuple[Tensor, float, float]]:
