@@ -1,5 +1,6 @@
 """The command that compares optimizers: what it writes, what it refuses, and that its runs are what they say."""
 
+import itertools
 import json
 import math
 
@@ -68,6 +69,14 @@ def test_work_is_counted():
     plain = contest.train(task, method["SGD"], 0.1, batch=8, work=3)
     assert plain.work == pytest.approx([s / 5 for s in plain.steps]) and plain.steps[-1] == 15
     assert contest.train(task, method["NewtonCG"], 1.0, work=30).work[1] > 3
+
+
+def test_runs_end_at_their_goal_or_limit():
+    task, adam = small(), contest.methods()["Adam"]
+    *before, last = contest.train(task, adam, 0.1, iterations=50, readings=50, goal=0.7).score
+    assert last >= 0.7 > max(before)
+    limited = contest.train(task, adam, 0.1, limit=5, clock=itertools.count().__next__)  # a step takes one
+    assert limited.steps[-1] == 5 == limited.seconds[-1]
 
 
 def test_runs_end_where_they_fail():

@@ -103,12 +103,19 @@ def _variants() -> dict[str, Method]:
         "AdaHesScale-sqrt": Method(partial(optim.AdaHesScale, variant="sqrt"), 3e-3, small),
         "AdaHesScale-newton": Method(partial(optim.AdaHesScale, variant="newton", eps=1e-4), 3e-3, small),
         "Adam-scaled": Method(_scaled_adam, 3e-3, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+        "AdaHesScale-scaled": Method(_scaled_adahesscale, 1e-3, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+        "EKFAC": Method(partial(optim.KFAC, eigenbasis=True)),
         "NewtonCG-GN": Method(partial(optim.NewtonCG, curvature="gauss_newton"), 1.0, SEARCH, True),
     }
 
 
 def _scaled_adam(parameters: Iterable[Tensor], lr: float) -> Optimizer:
     return optim.ScaledStep(torch.optim.Adam(parameters, lr=lr))
+
+
+def _scaled_adahesscale(parameters: Iterable[Tensor], lr: float) -> Optimizer:
+    """With δ = lr²: the scaling makes the length of every step, in the norm of the curvature, about lr."""
+    return optim.ScaledStep(optim.AdaHesScale(parameters, lr=1.0), delta=lr**2)
 
 
 @dataclass
@@ -155,7 +162,10 @@ def train(
     epochs: float = math.inf,
     iterations: float = math.inf,
     work: float = math.inf,
+    limit: float = math.inf,
+    goal: float = math.inf,
     readings: int = 40,
+    clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[Run, float], object] = lambda run, share: None,
 ) -> Run:
     """Train a new model until one of the limits is reached.
@@ -164,7 +174,10 @@ def train(
         epochs, iterations: passes over the data, steps.
         work: arithmetic in units of a gradient over all training data. If it is finite, it is counted, and ``seconds``
             include the counting.
+        limit: seconds.
+        goal: score; the training ends at the first reading that has it.
         readings: how often loss and score are read, at most; they take no part in ``seconds`` and ``work``.
+        clock: what ``seconds`` are read from.
         tick: called after every step with the run and the share of the budget that is used.
     """
     unit = task.gradient_flops() if work < math.inf else 0  # before the seed, which its model draws from
@@ -175,17 +188,17 @@ def train(
     run, spent, seconds, flops = Run(), 0.0, 0.0, 0
     for done, (x, y) in enumerate(task.batches(size, seed)):
         passes = done * len(x) / len(task.train[0])
-        share = max(passes / epochs, done / iterations, (flops / unit if unit else 0.0) / work)
+        share = max(passes / epochs, done / iterations, (flops / unit if unit else 0.0) / work, seconds / limit)
         if share >= spent:
             loss, score = task.evaluate(model)
             run.add(steps=done, epochs=passes, work=flops / unit if unit else 0.0, seconds=seconds,
                     loss=loss, score=score)  # fmt: skip
             spent = math.floor(share * readings + 1) / readings
         tick(run, min(share, 1.0))
-        if share >= 1 or not math.isfinite(run.loss[-1]):
+        if share >= 1 or not math.isfinite(run.loss[-1]) or run.score[-1] >= goal:
             return run
         try:
-            took, counted = _timed(partial(step, task, model, optimizer, x, y), bool(unit))
+            took, counted = _timed(partial(step, task, model, optimizer, x, y), clock, bool(unit))
         except CurvatureError as error:
             run.error = f"step {done + 1}: {error}"
             return run
@@ -193,12 +206,12 @@ def train(
     raise AssertionError("batches have no end")
 
 
-def _timed(call: Callable[[], object], count: bool) -> tuple[float, int]:
+def _timed(call: Callable[[], object], clock: Callable[[], float], count: bool) -> tuple[float, int]:
     """Seconds and arithmetic of a call."""
-    start = time.perf_counter()
+    start = clock()
     if not count:
         call()
-        return time.perf_counter() - start, 0
+        return clock() - start, 0
     with FlopCounterMode(display=False) as counted:
         call()
-    return time.perf_counter() - start, counted.get_total_flops()
+    return clock() - start, counted.get_total_flops()

@@ -15,14 +15,15 @@ def heading(text: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns aligned: the first to the left, the others to the right; floats with three digits."""
-    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    cells = [list(header), *([cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in cells]  # fmt: skip
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Text of a value: three digits of a float, a dash for nothing."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
