@@ -28,6 +28,7 @@ from .quantities import DiagGGNExact as DiagGGNExact
 from .quantities import DiagGGNMC as DiagGGNMC
 from .quantities import DiagHessian as DiagHessian
 from .quantities import GGNBlock as GGNBlock
+from .quantities import GGNFactor as GGNFactor
 from .quantities import HesScale as HesScale
 from .quantities import Jacobian as Jacobian
 from .quantities import SqrtGGNExact as SqrtGGNExact

@@ -3,12 +3,14 @@
 from .. import rules as rules  # first: what operators use needs the rules
 from ..hierarchical.hodlr import HierarchicalOperator as HierarchicalOperator
 from .base import Operator as Operator
+from .base import Readable as Readable
 from .curvature import EmpiricalFisher as EmpiricalFisher
 from .curvature import Fisher as Fisher
 from .curvature import GaussNewton as GaussNewton
 from .curvature import Hessian as Hessian
 from .curvature import Jacobian as Jacobian
 from .curvature import Residual as Residual
+from .factored import FactoredGaussNewton as FactoredGaussNewton
 from .space import Space as Space
 from .structured import BlockDiagonal as BlockDiagonal
 from .structured import Dense as Dense

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +22,12 @@ class Operator(ABC):
 
     ``A @ v`` takes a vector ``[n]``, columns ``[n, K]``, a mapping or a sequence of tensors shaped like the parameters
     (or with columns behind, ``[*shape, K]``), which is answered in the same form, or another operator.
-    ``A + B``, ``A - B``, ``2 * A``, ``A @ B``, ``A.T``, ``A.inverse(damping)``, ``A.block("fc1")`` are operators;
-    ``A.block(rows, columns)`` with slices or index tensors is a tensor, had without products where ``has_entries``.
+    ``A + B``, ``A - B``, ``2 * A``, ``A @ B``, ``A.T``, ``A.inverse(damping)``, ``A.block("fc1")`` are operators.
 
     Attributes:
         shape: ``(m, n)``.
         domain, image: names and shapes of what goes in and comes out, where they are parameters; else ``None``.
         symmetric: whether the operator is its own adjoint.
-        has_entries: whether entries are to be had without products.
     """
 
     shape: tuple[int, int]
@@ -38,7 +36,6 @@ class Operator(ABC):
     domain: Space | None = None
     image: Space | None = None
     symmetric: bool = False
-    has_entries: bool = False
 
     @abstractmethod
     def _apply(self, v: Tensor) -> Tensor:
@@ -119,32 +116,12 @@ class Operator(ABC):
         """
         return Inverse(self.damped(damping), solver, **options)
 
-    @overload
-    def block(self, rows: str | Sequence[str], columns: str | Sequence[str] | None = None) -> Operator: ...
+    def block(self, rows: str | Sequence[str], columns: str | Sequence[str] | None = None) -> Operator:
+        """The part of the parameters whose names match globs: ``A.block("fc1")``, ``A.block("*.weight", "*.bias")``.
 
-    @overload
-    def block(self, rows: slice | Tensor, columns: slice | Tensor) -> Tensor: ...
-
-    def block(self, rows: Any, columns: Any = None) -> Operator | Tensor:
-        """Some rows and columns.
-
-        By names: the parameters that match globs, ``A.block("fc1")``, ``A.block("*.weight", "*.bias")``, as an
-        operator; ``columns`` is ``rows`` if not given. By places in the flat order, slices or index tensors: the
-        entries, as a tensor; index tensors may have leading dimensions, ``[*B, r]`` and ``[*B, c]`` give
-        ``[*B, r, c]``.
+        ``columns`` is ``rows`` if not given.
         """
-        if not isinstance(rows, (slice, Tensor)):
-            return Block(self, rows, columns)
-        m, n = self.shape
-        return self._entries(_places(rows, m, self.device), _places(columns, n, self.device))
-
-    def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Entries ``[*B, r, c]`` at ``rows [*B, r]`` and ``columns [*B, c]``."""
-        unit = torch.zeros(self.shape[1], columns.numel(), dtype=self.dtype, device=self.device)
-        unit.scatter_(0, columns.reshape(1, -1), 1)
-        found = self._times(unit).unflatten(1, columns.shape).movedim(0, -1)  # [*B, c, m]
-        wanted = rows.unsqueeze(-2).expand(*columns.shape, rows.shape[-1])
-        return found.gather(-1, wanted).mT
+        return Block(self, rows, columns)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Operator:
         """The operator for vectors of another dtype or device; products are converted there and back."""
@@ -172,6 +149,27 @@ class Operator(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device})"
+
+
+class Readable(Operator):
+    """An operator whose entries are to be had without products. A subclass gives ``_entries``."""
+
+    def entries(self, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
+        """A[rows, columns], by places in the flat order.
+
+        Args:
+            rows, columns: slices, or indices ``[*B, r]`` and ``[*B, c]``: that gives ``[*B, r, c]``.
+        """
+        m, n = self.shape
+        return self._entries(_places(rows, m, self.device), _places(columns, n, self.device))
+
+    @abstractmethod
+    def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The same for indices."""
+
+    def block_times(self, rows: Tensor, columns: Tensor, v: Tensor) -> Tensor:
+        """``A.entries(rows, columns) @ v``, for indices and v ``[*B, c, K]``."""
+        return self._entries(rows, columns) @ v
 
 
 def _places(index: slice | Tensor, size: int, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -131,9 +131,9 @@ class Curvature(OverData):
         """
         return cls(None, Closure(closure), (None, None), parameters=parameters, **options)
 
-    def block(self, rows: Any, columns: Any = None) -> Any:
+    def block(self, rows: str | Sequence[str], columns: str | Sequence[str] | None = None) -> Operator:
         """See :meth:`Operator.block`; a diagonal block costs what its own parameters cost."""
-        if isinstance(rows, (slice, Tensor)) or (columns is not None and columns != rows):
+        if columns is not None and columns != rows:
             return super().block(rows, columns)
         part = copy.copy(self)
         part.space, _ = self.space.part(rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..kronecker import Block, Eigenbasis, outer, times
-from .base import Operator
+from .base import Operator, Readable
 from .space import Space
 
 
@@ -77,10 +77,8 @@ class Diagonal(Structured):
         return Diagonal(self.diagonal.to(device or self.device, dtype or self.dtype), self.domain)
 
 
-class Dense(Structured):
+class Dense(Structured, Readable):
     """A matrix ``[m, n]``. ``symmetric`` is the caller's word."""
-
-    has_entries = True
 
     def __init__(self, matrix: Tensor, space: Space | None = None, symmetric: bool = False):
         self.matrix, self.symmetric = _of_dimension(matrix, 2, "Dense"), symmetric

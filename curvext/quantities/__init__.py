@@ -7,6 +7,7 @@ from .base import Target as Target
 from .base import WholeGraph as WholeGraph
 from .diagonal import BL89 as BL89
 from .diagonal import HesScale as HesScale
+from .factored import GGNFactor as GGNFactor
 from .ggn import BatchDiagGGNExact as BatchDiagGGNExact
 from .ggn import BatchDiagGGNMC as BatchDiagGGNMC
 from .ggn import DiagGGNExact as DiagGGNExact
