@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,6 +57,14 @@ CASES = {
 }
 
 
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def make(name, params, **settings):
     cls, own = CASES[name]
     return cls(params, **{**own, **settings})
@@ -74,15 +83,29 @@ class Net(nn.Module):
         return self.upper(torch.tanh(self.lower(x)))
 
 
-def problem(model, part=slice(None)):
+def classified(model, x, y):
     """A closure that returns the loss and the outputs."""
-    generator = torch.Generator().manual_seed(3)
-    dtype = model.lower.weight.dtype
-    x = torch.randn(12, 4, generator=generator, dtype=dtype)[part]
-    y = torch.arange(12)[part] % 3
 
     def closure():
         z = model(x)
         return F.cross_entropy(z, y), z
 
     return closure
+
+
+def problem(model, part=slice(None)):
+    """The closure for :class:`Net`."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = model.lower.weight.dtype
+    x = torch.randn(12, 4, generator=generator, dtype=dtype)[part]
+    return classified(model, x, torch.arange(12)[part] % 3)
+
+
+def digits():
+    """Inputs ``[N, 64]`` and labels, to train with and to test with: x, x_test, y, y_test."""
+    sklearn = pytest.importorskip("sklearn.datasets")
+    from sklearn.model_selection import train_test_split
+
+    x, y = sklearn.load_digits(return_X_y=True)
+    parts = train_test_split(x / 16.0, y, test_size=450, stratify=y, random_state=0)
+    return [torch.tensor(part) for part in parts]

@@ -1,11 +1,14 @@
-"""Slow and obvious definitions, from torch.autograd.functional alone."""
+"""Slow and obvious definitions, from torch.autograd.functional alone, and what is compared with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from curvext import extend
 
 
 def equation_2(function: Callable[..., Tensor], inputs: Sequence[Tensor], i: int, g: Tensor, h: Tensor) -> Tensor:
@@ -80,3 +83,16 @@ def chain(
         g = torch.autograd.functional.vjp(lambda x, f=function, ps=inputs[:-1]: f(*ps, x), x, g)[1]
         results, h = hs[:-1] + results, hs[-1]
     return results
+
+
+def close(got: Any, want: Any, tolerance: float = 1e-9) -> None:
+    """Tensors, or several of them, are equal to rounding."""
+    got, want = (v if isinstance(v, Tensor) else list(v) for v in (got, want))
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def computed(quantity: Any, model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> list[Tensor]:
+    """A quantity of every parameter, by one block."""
+    with extend(model, quantity, **options) as curvature:
+        loss().backward()
+    return list(curvature[quantity.savefield].values())

@@ -17,8 +17,7 @@ from curvext.optim.objective import Objective
 from curvext.optim.stored import StoredGaussNewton
 from curvext.solvers import Constant, FullStep, LevenbergMarquardt, Martens, cg
 
-from .optimizers import Net, problem
-from .test_optimizers_exact import classified, digits
+from .optimizers import Net, classified, digits, problem
 
 pytestmark = pytest.mark.usefixtures("float64")
 FULL = FullStep(always=True)

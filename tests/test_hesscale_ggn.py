@@ -13,7 +13,7 @@ from curvext import CurvatureError, DiagGGNExact, DiagGGNMC, DiagHessian, HesSca
 from curvext.testing import check_quantity
 
 from .models import MODELS, cnn, mlp
-from .reference import hessian_diagonal
+from .reference import close, computed, hessian_diagonal
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -26,16 +26,6 @@ LOSSES = {
     "logistic": lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)),
     "own": lambda z: (z.logsumexp(1) - z[:, 0]).mean(),
 }  # fmt: skip
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(list(got), list(want), rtol=tolerance, atol=tolerance)
-
-
-def computed(quantity, model, loss, **options):
-    with extend(model, quantity, **options) as curvature:
-        loss().backward()
-    return list(curvature[quantity.savefield].values())
 
 
 def chain(*widths, activation=nn.Tanh):

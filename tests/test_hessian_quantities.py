@@ -14,21 +14,11 @@ from curvext import GGNMP, HMP, PCHMP, BatchDiagHessian, CurvatureError, DiagHes
 
 from .dense import blocks
 from .models import Attention, Residual, cnn, mlp
-from .reference import hessian, hessian_diagonal
+from .reference import close, computed, hessian, hessian_diagonal
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 N = 4
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(list(got), list(want), rtol=tolerance, atol=tolerance)
-
-
-def computed(quantity, model, loss, **options):
-    with extend(model, quantity, **options) as curvature:
-        loss().backward()
-    return list(curvature[quantity.savefield].values())
 
 
 class Recurrent(nn.Module):

@@ -12,14 +12,11 @@ from curvext import NTK, BatchGrad, CurvatureError, Jacobian, extend
 from curvext.persample import Outer
 
 from .models import Attention, Residual, cnn, mlp
+from .reference import close
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 N = 4
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def definition(model, x):

@@ -16,7 +16,7 @@ import curvext
 from curvext import CurvatureError, extend
 from curvext.optim import KFAC
 
-from .test_optimizers_exact import digits
+from .optimizers import digits, equal, values
 
 pytestmark = pytest.mark.usefixtures("float64")
 EXACT = curvext.KFLR()
@@ -30,14 +30,6 @@ def net(seed=0):
 def loss(model, k=0):
     generator = torch.Generator().manual_seed(k)
     return F.cross_entropy(model(torch.randn(12, 4, generator=generator)), torch.arange(12) % 3)
-
-
-def values(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def kron(factors):

@@ -14,7 +14,7 @@ import curvext.optim
 from curvext import CurvatureError
 from curvext.optim import ClosureOptimizer
 
-from .optimizers import CASES, Net, make, problem
+from .optimizers import CASES, Net, equal, make, problem, values
 
 pytestmark = pytest.mark.usefixtures("float64")
 every = pytest.mark.parametrize("name", CASES)
@@ -22,14 +22,6 @@ every = pytest.mark.parametrize("name", CASES)
 
 def run(model, optimizer, steps, closure=None):
     return [optimizer.step(closure or problem(model)) for _ in range(steps)]
-
-
-def values(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_every_optimizer_is_here():
