@@ -24,6 +24,7 @@ from .graph import Operation
 from .persample import Dense, PerSample
 from .rules.default import UNBATCHED, quiet_vmap
 from .samples import BATCH, Axis, apart, masked
+from .tangents import Above
 
 Columns = Sequence[Tensor | None]
 
@@ -127,6 +128,8 @@ def across(op: Operation, values: Sequence[Any]) -> dict[int, Any]:
         places = zip(values, op.axes_out, strict=True)
         return _shared(op, [at_target(value, axis, op.n_samples) for value, axis in places])
     present = next(value for value in values if value is not None)
+    if isinstance(present, Above):
+        return {i: present for i, need in enumerate(op.needs) if need}
     if isinstance(present, Diagonal):
         return _diagonal(op, values)
     wanted = [need and axis is not None for need, axis in zip(op.needs, op.axes_seen, strict=True)]

@@ -53,7 +53,8 @@ class Operation:
     def __init__(
         self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], graph: Graph, settings: Any, is_target: bool
     ):
-        self.node, self.edges, self.needs, self.settings, self.is_target = node, edges, needs, settings, is_target
+        self.node, self.edges, self.needs, self.graph = node, edges, needs, graph
+        self.settings, self.is_target = settings, is_target
         self.name = node.name()
         function = getattr(type(node), "_forward_cls", None)
         #: Whether this is a Python ``autograd.Function``; then what its ``ctx`` held reads as an attribute.

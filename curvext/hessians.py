@@ -43,6 +43,14 @@ class LossHessian(ABC):
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
         """Random factors: E Σₘ Sₘ Sₘᵀ = B, ``[M, *shape]``."""
 
+    def inner(self, t: Tensor, axis: Axis, n: int) -> Tensor:
+        """What products need of ``t [V, *shape]``: Bt is :meth:`spread` of it, summed over tensors that share B."""
+        return t
+
+    @abstractmethod
+    def spread(self, inner: Tensor, axis: Axis, n: int) -> Tensor:
+        """B t, ``[V, *shape]``."""
+
 
 def entries(shape: Sequence[int], axis: Axis, n: int, device: Any, without: int | None = None) -> tuple[Tensor, int]:
     """The number of every entry within its sample, ``[*shape]``, and how many there are; ``without`` one dimension."""
@@ -74,6 +82,9 @@ class DiagonalHessian(LossHessian):
     def draws(self, m: int, axis: Axis, n: int, settings: Any) -> Tensor:
         root = self.b.div(m).sqrt().expand(m, *self.b.shape)
         return root * settings.signs(root)
+
+    def spread(self, inner: Tensor, axis: Axis, n: int) -> Tensor:
+        return self.b * inner
 
 
 @dataclass
@@ -148,6 +159,11 @@ class SoftmaxHessian(LossHessian):
         dim = self.dim % self.p.dim() + 1
         return self.w.sqrt() * (root - self.p * root.sum(dim, keepdim=True))
 
+    def spread(self, inner: Tensor, axis: Axis, n: int) -> Tensor:
+        """w (p t - p Σ p t)."""
+        pulled = self.p * inner
+        return self.w * (pulled - self.p * pulled.sum(self.dim % self.p.dim() + 1, keepdim=True))
+
 
 @dataclass
 class DenseHessian(LossHessian):
@@ -172,6 +188,14 @@ class DenseHessian(LossHessian):
         signs = settings.signs(self.values.new_empty(m, *self.values.shape))
         drawn = torch.einsum("vn...,mvn->mn...", self._roots(), signs) / m**0.5
         return back(drawn, axis, self.shape, n, 1)
+
+    def inner(self, t: Tensor, axis: Axis, n: int) -> Tensor:
+        """λᵥ ⟨uᵥ, t⟩, ``[T, V, N]``."""
+        t = front(t, axis, n, 1).flatten(2)
+        return self.values * torch.einsum("vnd,tnd->tvn", self.vectors.flatten(2), t)
+
+    def spread(self, inner: Tensor, axis: Axis, n: int) -> Tensor:
+        return back(torch.einsum("tvn,vn...->tn...", inner, self.vectors), axis, self.shape, n, 1)
 
 
 def tracing() -> bool:

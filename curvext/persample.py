@@ -129,10 +129,6 @@ class PerSample(ABC):
     def entries(self, places: Tensor) -> Tensor:
         """The entries at ``places [M]`` of the flattened tensor, ``[M, V, N]``."""
 
-    def product(self, vectors: Tensor) -> Tensor:
-        """Σ_v Σ_n [v, n] ⟨[v, n], u⟩ for every u of ``vectors [U, *shape]``."""
-        return self.combined(self.inner(vectors))
-
     def plus(self, other: PerSample) -> PerSample:
         """Their sum: one tensor used in two places."""
         return Dense(self.dense() + other.dense())

@@ -25,7 +25,8 @@ named as autograd names their nodes (`y.grad_fn.name()`). How a rule comes about
 
 Rules of the factor wave: **factor** passes its columns (default: `torch.vmap` of the node), **shared** parts them by
 sample where they reach a tensor that samples share (default: one sample after the other), **source** is the Hessian
-of a loss in closed form (default: entry by entry, or the node differentiated twice).
+of a loss in closed form (default: entry by entry, or the node differentiated twice). **tangent** passes directions
+upwards, for products (default: the node differentiated).
 """
 
 
@@ -37,7 +38,7 @@ def name_of(operation: Any) -> str:
 def families() -> dict[str, list[tuple[str, str, Rule]]]:
     """(operation, wave, rule) by the file that registers the rule."""
     found: dict[str, list[tuple[str, str, Rule]]] = {}
-    for wave in ("diagonal", "bl89", "factor", "shared", "source"):
+    for wave in ("diagonal", "bl89", "factor", "shared", "source", "tangent"):
         for operation, rule in registered(wave):
             found.setdefault(rule.family, []).append((name_of(operation), wave, rule))
     return {family: sorted(found[family], key=lambda row: row[:2]) for family in sorted(found)}

@@ -1,4 +1,4 @@
-"""The checker for rules of the waves "samples", "factor" and "shared": what ``curvext.testing.check_columns`` is.
+"""The checker for rules of columns and tangents: what ``curvext.testing.check_columns`` is.
 
 The reference is the node alone, called for one column of one sample after the other.
 """
@@ -18,9 +18,10 @@ from .graph import Graph, Operation, edge_of
 from .persample import Dense, PerSample
 from .samples import BATCH, Axis, State, _candidates, labels, masked, probe
 from .sweep import Settings
+from .tangents import pass_tangents
 
 COLUMNS = 2
-Waves = ("samples", "factor", "shared")
+Waves = ("samples", "factor", "shared", "tangent")
 
 
 def check_columns(
@@ -30,7 +31,8 @@ def check_columns(
 
     For every operation, wherever its output may hold samples: an input is where its ``"samples"`` rule says (and is not
     called shared needlessly), columns pass as by one product each (``"factor"``), and part as by masking all samples
-    but one (``"shared"``); what they part into reads the same in every form.
+    but one (``"shared"``); what they part into reads the same in every form. Tangents (``"tangent"``) are passed by the
+    transpose of what passes columns.
 
     Args:
         function: returns a tensor or a sequence of tensors.
@@ -73,6 +75,7 @@ class _Check:
         except NotImplementedError:  # a kernel of another device
             return set()
         self.columns()
+        self.tangents()
         for n, axis in places(first.shape):
             self.at(n, axis)
         self.batch()
@@ -114,6 +117,21 @@ class _Check:
                 if here:
                     self._near(None if (c := got[i]) is None else reduced_columns(op, c, i), want[i], "factor", i)
         self._passed("factor")
+
+    def tangents(self) -> None:
+        """⟨s, J t⟩ = ⟨Jᵀ s, t⟩ for a direction t of every input."""
+        op, s = self.op, self._drawn()
+        pulled = products(op, s) if self.rules["tangent"] else []
+        for group in op.groups if pulled else ():
+            rows = [row for i in group if (row := pulled[i]) is not None]
+            if rows:
+                t = torch.randn(*rows[0].shape, dtype=rows[0].dtype, generator=self.generator)
+                pushed = pass_tangents(op, [t if i in group else None for i in range(len(op.edges))])[0]
+                got = None if pushed is None else _inner(s, pushed)
+                want = torch.stack([_inner(row, t) for row in rows]).sum(0)
+                low = min(s, t, key=lambda x: x.dtype.itemsize).real.dtype
+                self._near(None if got is None else got.to(low), want.to(low), "tangent", group[0])
+        self._passed("tangent")
 
     def parts(self) -> None:
         """Inputs hold the samples where the rule says; columns part as by masking."""
@@ -190,6 +208,11 @@ def products(op: Operation, s: Tensor) -> list[Tensor | None]:
     return found
 
 
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Real inner products of the rows."""
+    return (a.conj() * b).real.reshape(len(a), -1).sum(1)
+
+
 def owned(parted: Tensor, axis: Axis, n: int) -> bool:
     """Whether of ``[V, N, *shape]`` every entry is zero but for one sample: that which ``axis`` gives it."""
     shape = parted.shape[2:]
@@ -212,7 +235,6 @@ def check_readings(value: PerSample, context: str = "") -> None:
     pairs["dense(out)"] = written, full
     pairs["select"] = value.select([last, 0]).dense(), full[:, [last, 0]]
     pairs["plus"] = value.plus(value).dense(), full + full
-    pairs["product"] = value.product(vectors), plain.product(vectors)
     pairs["inner"] = value.inner(vectors), torch.einsum("u...,vn...->uvn", vectors, full)
     pairs["combined"] = value.combined(pairs["inner"][1]), torch.einsum("uvn,vn...->u...", pairs["inner"][1], full)
     places = torch.randint(full[0, 0].numel(), (3,))

@@ -22,7 +22,7 @@ from .cases import CASES, ELSEWHERE, Case, Draw
 
 # Recorded here by stand-ins of another device's kernels (tests/stand_ins.py), which have no backward pass.
 UNCALLED = {f"ScaledDotProduct{kind}AttentionBackward0" for kind in ("Cudnn", "Efficient", "Flash")}
-WAVES = ("samples", "factor", "shared")
+WAVES = ("samples", "factor", "shared", "tangent")
 
 
 class Wide(Draw):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import curvext
 from curvext import (
+    GGNMP,
     BatchDiagGGNExact,
     BatchGrad,
     CurvatureError,
@@ -52,10 +53,11 @@ def check(loss: Loss, *shape: int, reference: Loss | None = None, mixed: bool = 
     model, x = net(*shape), data(N, 2, seed=1)
     parameters, reference = list(model.parameters()), reference or loss
     several = () if mixed else (BatchDiagGGNExact(), SqrtGGNExact())
-    with extend(model, DiagGGNExact(), GGNBlock(), *several, **options):
+    with extend(model, DiagGGNExact(), GGNBlock(), GGNMP(), *several, **options):
         loss(model(x)).backward()
     for p, block in zip(parameters, blocks(lambda: model(x), reference, parameters), strict=True):
         near(p.ggn_block, block)
+        near(p.ggnmp(torch.eye(p.numel()).view(-1, *p.shape)).flatten(1), block)
         near(p.diag_ggn_exact, block.diagonal().view_as(p))
         if not mixed:
             columns = p.sqrt_ggn_exact.flatten(2).flatten(0, 1)

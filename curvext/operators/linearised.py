@@ -6,9 +6,7 @@ needs no operation to have a forward mode, and costs what a forward-mode product
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +17,7 @@ from ..diagonal import bends
 from ..errors import CurvatureError
 from ..graph import Graph, edge_of
 from ..sweep import Settings
+from ..tangents import pull
 from .data import Term
 
 Tensors = list[Tensor]
@@ -119,30 +118,12 @@ def derivative(outputs: Tensors, inputs: Tensors, u: Tensors, batched: bool) -> 
     leading = u[0].shape[:1] if batched else torch.Size()
     found: Sequence[Tensor | None] = [None] * len(inputs)
     if pairs:
-        found = _pull([y for y, _ in pairs], inputs, [v for _, v in pairs], batched)
-    return [x.new_zeros(leading + x.shape) if g is None else g.detach() for x, g in zip(inputs, found, strict=True)]
-
-
-def _pull(outputs: Tensors, inputs: Tensors, u: Tensors, batched: bool) -> Sequence[Tensor | None]:
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    if not batched:
-        return torch.autograd.grad(outputs, inputs, u, **options)
-    try:
-        with quiet():
-            return torch.autograd.grad(outputs, inputs, u, is_grads_batched=True, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # an operation without a batched form: one column after the other
-        rows = [torch.autograd.grad(outputs, inputs, list(row), **options) for row in zip(*u, strict=True)]
-        return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]  # type: ignore[arg-type]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within, vmap does not warn that an operation is carried out column by column."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
-        yield
+        ys, vs = [y for y, _ in pairs], [v if batched else v.unsqueeze(0) for _, v in pairs]
+        found = pull(ys, inputs, vs)
+    return [
+        x.new_zeros(leading + x.shape) if g is None else g.detach().view(leading + x.shape)
+        for x, g in zip(inputs, found, strict=True)
+    ]
 
 
 def _nodes(roots: Tensors) -> Iterator[Any]:

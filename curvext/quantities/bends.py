@@ -52,7 +52,7 @@ class BendFactor(Factor):
             seen: list[Tensor] = []
             kept = hessian.part(lambda b, seen=seen: seen.append(PARTS[self.part](b)) or seen[0])  # type: ignore[misc]
             if any(bool(b.any()) for b in seen):
-                found[i] = {**(found[i] or {}), op.node: self._columns(kept, op, op.axes_in[i])}
+                found[i] = {**(found[i] or {}), op.node: self._columns(kept, op, i)}
         return found
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..factor import Diagonal
-from ..persample import Dense, PerSample
-from ..rules.default import quiet_vmap
+from ..graph import Edge
+from ..tangents import Above, Path, pull
 from ..wave import Wave
-from .base import Saved, Target, WholeGraph
+from .base import Quantity, Saved, Target, WholeGraph
 from .bends import BendFactor
-from .ggn import _Exact, _FactorReading
 from .hessian import differentiated_twice, refuse_mistaken
-from .readings import Arrived
+from .waves import Factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +35,8 @@ class BlockProduct:
             raise ValueError(
                 f"expected vectors [V, {', '.join(map(str, self.shape))}], got {tuple(vectors.shape)}; one is v[None]"
             )
-        total = torch.zeros_like(vectors)
-        for term in self.terms:
-            total = total + term(vectors)
-        return total
+        found = [term(vectors) for term in self.terms]
+        return sum(found[1:], start=found[0]) if found else torch.zeros_like(vectors)
 
     def __add__(self, other: BlockProduct) -> BlockProduct:
         return BlockProduct(self.terms + other.terms, self.shape)
@@ -52,30 +49,63 @@ class _Products(Saved):
         return BlockProduct((), tuple(target.tensor.shape))
 
 
-class _OfColumns(_Products, _FactorReading):
-    def of(self, found: Arrived, target: Target) -> BlockProduct:
-        values = (*found.samples, *found.whole, *found.diagonal)
-        return BlockProduct(tuple(_product(value) for value in values), tuple(target.tensor.shape))
+@dataclass(eq=False)
+class _Curved:
+    """Σ JᵀBJ v over every B above: up as tangents, B, and down as gradients."""
+
+    x: Tensor
+    hessians: Sequence[Above]
+
+    @cached_property
+    def _path(self) -> Path:
+        ends = {edge for above in self.hessians for edge in above.pieces}
+        graph = next(op.graph for above in self.hessians for _, op, _ in above.pieces.values())
+        edge = graph.edge_of(self.x)
+        assert edge is not None
+        return Path(graph, edge, ends)
+
+    @torch.no_grad()
+    def __call__(self, vectors: Tensor) -> Tensor:
+        tangents = self._path.up(vectors)
+        total: dict[Edge, Tensor] = {}
+        for above in self.hessians:
+            for edge, u in above.product(tangents).items():
+                total[edge] = total[edge] + u if edge in total else u
+        found = self._path.down(total)
+        return torch.zeros_like(vectors) if found is None else found
 
 
-def _product(value: Any) -> Callable[[Tensor], Tensor]:
-    if isinstance(value, Diagonal):
-        return value.h.mul
-    return (value if isinstance(value, PerSample) else Dense(value.columns.unsqueeze(1))).product
+class _OfHessians(_Products, Quantity):
+    retains: ClassVar[bool] = True
+
+    def read(self, target: Target, *waves: Any) -> BlockProduct | None:
+        if not waves[0]:
+            return None
+        return BlockProduct((_Curved(target.tensor, list(waves[0].values())),), tuple(target.tensor.shape))
 
 
 @dataclass(frozen=True)
-class GGNMP(_Exact, _OfColumns):
+class GGNMP(_OfHessians):
     """Products with the parameter's block of the Gauss-Newton matrix: ``p.ggnmp(v)`` for v ``[V, *P]``.
 
-    The function holds the columns JᵀS, at a layer's weight as the factors of their outer products, and needs no graph.
+    JᵀBJ v is had by going up to B with J and down again with Jᵀ, whose cost does not depend on the number of outputs.
+    The graph stays in memory as long as one of the functions does, so delete them (``del p.ggnmp``) when they are no
+    longer needed; a new block does.
+
+    Raises:
+        CurvatureError: in ``backward()``, if the loss is not convex in the model's output; by the function, if an
+            operation has neither a rule of the wave "tangent" nor a backward that can be differentiated.
     """
 
     savefield = "ggnmp"
 
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (Factor("none"),)
+
 
 @dataclass(frozen=True)
-class PCHMP(_OfColumns):
+class PCHMP(_OfHessians):
     """Products with the parameter's block of the positive-curvature Hessian: ``p.pchmp(v)`` for v ``[V, *P]``.
 
     H = Σ JᵀBJ over all operations that bend (:mod:`curvext.quantities.bends`), with the eigenvalues of every B changed
@@ -101,7 +131,7 @@ class PCHMP(_OfColumns):
 
     @property
     def waves(self) -> tuple[Wave, ...]:
-        return (BendFactor(part="positive" if self.modify == "clip" else "abs"),)
+        return (BendFactor("none", part="positive" if self.modify == "clip" else "abs"),)
 
 
 @dataclass(frozen=True)
@@ -134,8 +164,6 @@ class _Differentiated:
     x: Tensor
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        with differentiated_twice("HMP"), quiet_vmap():
-            (products,) = torch.autograd.grad(
-                self.gradient, self.x, vectors, is_grads_batched=True, retain_graph=True, allow_unused=True
-            )
+        with differentiated_twice("HMP"):
+            (products,) = pull([self.gradient], [self.x], [vectors])
         return torch.zeros_like(vectors) if products is None else products.detach()

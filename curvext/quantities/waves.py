@@ -16,6 +16,7 @@ from ..output import Output, convex_in_output
 from ..persample import Dense, PerSample
 from ..samples import BATCH, Axis, masked
 from ..sources import is_layer, loss_hessian, may_start, starts
+from ..tangents import Above
 from ..wave import Wave
 
 Waves = Sequence[Any]
@@ -98,7 +99,8 @@ class Factor(Wave):
     an empty one is zero, below the loss.
 
     Args:
-        kind: ``"fewest"`` columns or ``"columns"``, one for every output, both exact; ``"draws"``: random ones.
+        kind: ``"fewest"`` columns or ``"columns"``, one for every output, both exact; ``"draws"``: random ones;
+            ``"none"``, but B itself.
         draws: how many, if random.
         within: these columns only; what no sample owns is not divided, and comes with the first of them.
     """
@@ -126,18 +128,22 @@ class Factor(Wave):
         return found
 
     def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
-        return {i: self._columns(hessian.part(convex), op, op.axes_in[i]) for i, hessian in loss_hessian(op, g).items()}
+        return {i: self._columns(hessian.part(convex), op, i) for i, hessian in loss_hessian(op, g).items()}
 
     def seeds(self, output: Output) -> dict[Edge, Any]:
         source, found = Source(), {(op.node, 0): {} for op in output.marks}  # type: Source, dict[Edge, Any]
         for op in output.marks:
             if op.node in output.hessians:
                 hessian = output.hessians[op.node].part(convex_in_output)
-                value = self._columns(hessian, op, op.axes_out[0])
+                value = self._columns(hessian, op, None)
                 found[op.node, 0] = {} if value is None else {source: value}
         return found
 
-    def _columns(self, hessian: LossHessian, op: Operation, axis: Axis | None) -> Any:
+    def _columns(self, hessian: LossHessian, op: Operation, i: int | None) -> Any:
+        """Of B at input ``i``, or at the output of a mark."""
+        edge, axis = ((op.node, 0), op.axes_out[0]) if i is None else (op.edges[i], op.axes_in[i])
+        if self.kind == "none":
+            return Above({edge: (hessian, op, axis)})
         if axis is not None and not hessian.whole:
             columns = self._of(hessian, op, axis, op.n_samples)
             if self.within is None:

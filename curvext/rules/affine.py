@@ -206,12 +206,13 @@ def linear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
 @rule("MmBackward0", "BmmBackward0", wave="factor")
 def mm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     """S_A = S Bᵀ, S_B = Aᵀ S, of all columns in one product."""
-    if _sparse(op.self, op.mat2):
+    if sparse(op.self, op.mat2):
         return None
     return (s @ op.mat2.mH if wanted[0] else None), (op.self.mH @ s if wanted[1] else None)
 
 
-def _sparse(*matrices: Tensor | None) -> bool:
+def sparse(*matrices: Tensor | None) -> bool:
+    """Whether any of them is."""
     return any([m is not None and m.layout is not torch.strided for m in matrices])
 
 
@@ -255,7 +256,7 @@ def addmm_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, 
 
 def _products(op: Operation, s: Any, a: Any, b: Any, wanted: Sequence[bool], first: int) -> dict[int, PerSample]:
     """y = A B: B gets a ⊗ s where the samples are rows of y, A gets s ⊗ b where they are columns; G matrices or one."""
-    if _sparse(a, b):
+    if sparse(a, b):
         return {}
     rank, axis, n, found = s.dim() - 1, op.axes_out[0], op.n_samples, dict[int, PerSample]()
     if rank == 2:

@@ -14,7 +14,7 @@ so the result is the one the unfused ("math") backend leads to, operation by ope
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast, overload
 
@@ -26,6 +26,11 @@ from ..graph import Operation
 from ..registry import rule
 
 Waves = tuple[Tensor | None, ...]
+BIASED = (
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductCudnnAttentionBackward0",
+    "ScaledDotProductFusedAttentionOverrideableBackward0",
+)
 BLOCK = 1 << 18  # scores that are computed together: 1 MB in float32
 GPU_BLOCK = 1 << 26
 
@@ -42,13 +47,7 @@ def flash(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return attention(op, g, h, None)
 
 
-@rule(
-    "ScaledDotProductEfficientAttentionBackward0",
-    "ScaledDotProductCudnnAttentionBackward0",
-    "ScaledDotProductFusedAttentionOverrideableBackward0",
-    how="decomposed",
-    coincident=True,
-)
+@rule(*BIASED, how="decomposed", coincident=True)
 def biased(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """S = s Q Kᵀ + bias, P = softmax S, O = P V, step by step."""
     return attention(op, g, h, op.attn_bias)
@@ -56,20 +55,62 @@ def biased(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
 
 def attention(op: Operation, g: Tensor | None, h: Tensor | None, mask: Tensor | None) -> Waves:
     """The waves of query, key, value and mask."""
+    heads, q, k, v, mask = _tensors(op, mask)
+    steps = _Steps(_scale(op), op.is_causal, (*op.needs, False))
+    h_q, h_k, h_v, h_s = _by_blocks(steps, (q, k, v, mask, _wide(op.output), _wide(g), _wide(h)))
+    return (h_q, _summed(h_k, heads), _summed(h_v, heads), h_s)[: len(op.needs)]
+
+
+def _tensors(op: Operation, mask: Tensor | None) -> tuple[int, Tensor, Tensor, Tensor, Tensor | None]:
+    """The number of query heads that share a key and value head; query, key, value and mask of every query head."""
     if op.dropout_p > 0:
         raise CurvatureError(
             f"{op.name}: a fused attention kernel does not keep which entries it dropped, so its curvature cannot be "
             "computed. Set the attention's dropout to 0, or run the forward pass with its unfused form: "
             "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
         )
-    heads = op.query.shape[-3] // op.key.shape[-3]  # query heads that share a key and value head
+    heads = op.query.shape[-3] // op.key.shape[-3]
     q, k, v = _wide(op.query), _shared(_wide(op.key), heads), _shared(_wide(op.value), heads)
-    if mask is not None:
-        mask = _wide(mask).expand(*q.shape[:-1], k.shape[-2])
-    scale = q.shape[-1] ** -0.5 if op.scale is None else op.scale
-    steps = _Steps(scale, op.is_causal, (*op.needs, False))
-    h_q, h_k, h_v, h_s = _by_blocks(steps, (q, k, v, mask, _wide(op.output), _wide(g), _wide(h)))
-    return (h_q, _summed(h_k, heads), _summed(h_v, heads), h_s)[: len(op.needs)]
+    return heads, q, k, v, None if mask is None else _wide(mask).expand(*q.shape[:-1], k.shape[-2])
+
+
+def _scale(op: Operation) -> float:
+    return op.query.shape[-1] ** -0.5 if op.scale is None else op.scale  # type: ignore[no-any-return]
+
+
+@rule("ScaledDotProductFlashAttentionForCpuBackward0", wave="tangent", how="decomposed")
+def flash_cpu_tangent(op: Operation, t: Sequence[Tensor | None]) -> Tensor | None:
+    """t_S = s (t_Q Kᵀ + Q t_Kᵀ) + t_mask, t_P = P ∘ (t_S - ΣP t_S), t_O = t_P V + P t_V."""
+    return _attention_tangent(op, t, op.attn_mask)
+
+
+@rule("ScaledDotProductFlashAttentionBackward0", wave="tangent", how="decomposed")
+def flash_tangent(op: Operation, t: Sequence[Tensor | None]) -> Tensor | None:
+    """t_S = s (t_Q Kᵀ + Q t_Kᵀ), t_P = P ∘ (t_S - ΣP t_S), t_O = t_P V + P t_V."""
+    return _attention_tangent(op, t, None)
+
+
+@rule(*BIASED, wave="tangent", how="decomposed")
+def biased_tangent(op: Operation, t: Sequence[Tensor | None]) -> Tensor | None:
+    """t_S = s (t_Q Kᵀ + Q t_Kᵀ) + t_bias, t_P = P ∘ (t_S - ΣP t_S), t_O = t_P V + P t_V."""
+    return _attention_tangent(op, t, op.attn_bias)
+
+
+def _attention_tangent(op: Operation, t: Sequence[Tensor | None], mask: Tensor | None) -> Tensor | None:
+    heads, q, k, v, mask = _tensors(op, mask)
+    scale, p = _scale(op), _Steps(_scale(op), op.is_causal, ()).probabilities(q, k, mask)
+    t_q, t_k, t_v, t_mask = [None if x is None else _wide(x) for x in [*t, None][:4]]
+    t_k, t_v = (None if x is None else _shared(x, heads) for x in (t_k, t_v))
+    if t_mask is not None:
+        t_mask = t_mask.view(len(t_mask), *[1] * (q.dim() + 1 - t_mask.dim()), *t_mask.shape[1:])
+    scores = [t_mask, None if t_q is None else t_q @ k.mT * scale, None if t_k is None else q @ t_k.mT * scale]
+    total: Any = sum(s for s in scores if s is not None)
+    out = None if t_v is None else p @ t_v
+    if isinstance(total, Tensor):
+        pulled = p * total
+        through = (pulled - p * pulled.sum(-1, keepdim=True)) @ v
+        out = through if out is None else out + through
+    return None if out is None else out.to(op.outputs[0].dtype)
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,7 @@ def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
     with torch.enable_grad():
         outs = op.vjp(*(None if v is None else v.detach().requires_grad_(op.is_python) for v in g))
         for group in op.groups:
-            if op.is_python:
-                _check_differentiable(op, group, outs)
+            check_differentiable(op, [outs[i] for i in group])
             # summed before differentiating, as one tensor may fill several inputs
             out = _merged(op, group, outs)
             bend = _diagonal(op, group[0], _as_real(out)) if out.requires_grad else None
@@ -110,9 +109,9 @@ def _residual(op: Operation, g: Sequence[Tensor | None]) -> Waves:
     return _spread(op, result)
 
 
-def _check_differentiable(op: Operation, group: list[int], outs: Sequence[Tensor | None]) -> None:
-    """A backward is linear in g, which requires a gradient here; if what it gives does not, it cut the graph."""
-    for out in (outs[i] for i in group):
+def check_differentiable(op: Operation, outs: Sequence[Tensor | None]) -> None:
+    """A Python backward is linear in g, which requires a gradient here; if what it gives does not, it cut the graph."""
+    for out in outs if op.is_python else ():
         if out is not None and (not out.requires_grad or "Error" in _name(out)) and bool(out.any()):
             raise RuntimeError(
                 "its backward is not made of differentiable operations, or is marked once_differentiable"
