@@ -6,27 +6,28 @@ result for each, so that the parts together give the same (:meth:`~curvext.quant
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from . import registry
-from .graph import Operation
-from .quantities.base import Saved
+from .graph import Edge, Graph, Operation
+from .output import seeds
 from .quantities.waves import Factor, Part
 from .sources import may_start
+from .sweep import Settings, Sweep
 from .wave import Wave
+
+Arrive = Callable[[Edge, list[Any]], None]
 
 
 def reads_columns(quantity: Any) -> bool:
     """Whether a quantity is made from the factor wave."""
     return any(isinstance(wave, Factor) for wave in getattr(quantity, "waves", ()))
-
-
-def indivisible(quantity: Any) -> bool:
-    """Whether a quantity must see all columns at once."""
-    return reads_columns(quantity) and type(quantity).join is Saved.join
 
 
 def together(operations: Sequence[Operation], waves: Sequence[Wave], budget: int | None) -> int | None:
@@ -56,6 +57,34 @@ def widest(operations: Sequence[Operation]) -> int:
     return most
 
 
-def only(waves: Sequence[Wave], part: Part) -> list[Wave]:
+def _only(waves: Sequence[Wave], part: Part) -> list[Wave]:
     """The same waves; of the factor wave, these columns alone."""
     return [replace(wave, within=part) if isinstance(wave, Factor) else wave for wave in waves]
+
+
+def in_parts(
+    sweep: Sweep, graph: Graph, settings: Settings, loss: Tensor, gradient: Tensor | None, gather: Arrive
+) -> Sweep:
+    """Carry the columns that are too many for the memory budget; ``sweep`` gets the last few.
+
+    Returns:
+        The sweep that failed, or ``sweep``.
+    """
+    few = together(sweep.operations, sweep.kinds, settings.max_memory)
+    if few is None:
+        return sweep
+    factors = [wave for wave in sweep.kinds if isinstance(wave, Factor)]
+    tensors = [target.tensor for target in sweep.targets.values()]
+    part = Part(stop=few)
+    while part.start == 0 or part.start + few < part.most:
+        again = Sweep(graph, sweep.targets, _only(factors, part), settings, gather)
+        again.operations = list(sweep.operations)
+        again.seeds = seeds(again.operations, again.kinds, loss, gradient)
+        with again:
+            torch.autograd.grad(loss, tensors, gradient, retain_graph=True, allow_unused=True)
+        if again.error is not None:
+            return again
+        part = replace(part, start=part.start + few, stop=part.start + 2 * few)
+    sweep.kinds = _only(sweep.kinds, replace(part, stop=None))
+    sweep.seeds = seeds(sweep.operations, sweep.kinds, loss, gradient)
+    return sweep

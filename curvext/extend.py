@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from .columns import indivisible, only, together
+from .columns import in_parts, reads_columns
 from .errors import CurvatureError
 from .graph import Edge, Graph, nearest
 from .memory import keep
 from .output import seeds
 from .quantities import HesScale
 from .quantities.base import Quantity, Selected, Target, WholeGraph
-from .quantities.waves import Factor
 from .reader import Reader
 from .samples import Samples
 from .selection import Model, assigned, checked, kept, named, trained
@@ -83,8 +82,7 @@ class extend(TorchFunctionMode):
         enumerate_up_to: operations without a rule are enumerated exactly up to this many entries, and sampled beyond.
         max_memory: a budget in bytes for the columns that Gauss-Newton quantities carry at a time (at least one is).
             Where all of them would take more, they are carried a few at a time, each few by another backward pass
-            over the graph; results are the same, but that random columns are other ones, and that
-            :class:`SqrtGGNExact` may have the columns of several losses in another order. Hooks of your own on
+            over the graph; results are the same, but that random columns are other ones. Hooks of your own on
             tensors run in every pass.
 
     Raises:
@@ -120,8 +118,10 @@ class extend(TorchFunctionMode):
         if max_memory is not None:
             if max_memory < 1:
                 raise ValueError(f"extend: max_memory is a number of bytes, got {max_memory}")
-            for quantity in (entry.quantity for entry in self.entries if indivisible(entry.quantity)):
-                raise ValueError(f"extend: {type(quantity).__name__} needs all columns at once; leave out max_memory")
+            for quantity in (entry.quantity for entry in self.entries if reads_columns(entry.quantity)):
+                if why := quantity.undivided():
+                    what = type(quantity).__name__
+                    raise ValueError(f"extend: {what} needs all columns at once ({why}); leave out max_memory")
         self.options = {
             "generator": generator, "probes": probes, "enumerate_up_to": enumerate_up_to, "max_memory": max_memory
         }  # fmt: skip
@@ -180,7 +180,9 @@ class extend(TorchFunctionMode):
         reader = Reader(self, targets)
         sweep = Sweep(graph, targets, self.waves, self.settings, reader.arrive)
         self._settle()
-        failure = self._prepare(sweep, reader, loss, gradient) or self._in_parts(graph, sweep, reader, loss, gradient)
+        failure = self._prepare(sweep, reader, loss, gradient)
+        if failure is None:
+            failure = _failure(in_parts(sweep, graph, self.settings, loss, gradient, reader.gather))
         try:
             with sweep if failure is None else nullcontext():
                 loss.backward(**arguments)
@@ -231,29 +233,6 @@ class extend(TorchFunctionMode):
         except CurvatureError as error:
             at = samples.at
             return error if at is None else _located(error, (at.kind, nearest(at.node, sweep.targets)))
-        return None
-
-    def _in_parts(
-        self, graph: Graph, sweep: Sweep, reader: Reader, loss: Tensor, gradient: Tensor | None
-    ) -> Exception | None:
-        """Carry the columns that are too many for the memory budget; ``sweep`` gets the last few."""
-        few = together(sweep.operations, self.waves, self.settings.max_memory)
-        if few is None:
-            return None
-        factors = [wave for wave in self.waves if isinstance(wave, Factor)]
-        tensors = [target.tensor for target in sweep.targets.values()]
-        stop = self.settings.columns = 0
-        while stop == 0 or stop + few < self.settings.columns:
-            start, stop = stop, stop + few
-            again = Sweep(graph, sweep.targets, only(factors, (start, stop)), self.settings, reader.gather)
-            again.operations = list(sweep.operations)
-            again.seeds = seeds(again.operations, again.kinds, loss, gradient)
-            with again:
-                torch.autograd.grad(loss, tensors, gradient, retain_graph=True, allow_unused=True)
-            if again.error is not None:
-                return _failure(again)
-        sweep.kinds = only(self.waves, (stop, None))
-        sweep.seeds = seeds(sweep.operations, sweep.kinds, loss, gradient)
         return None
 
 

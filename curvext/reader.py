@@ -87,7 +87,7 @@ class Reader:
                 value = self._joined(edge, quantity, value)
             else:
                 value = self.whole[edge][quantity.savefield]
-            readings.append((quantity, quantity.zero(target) if value is None else value))
+            readings.append((quantity, quantity.zero(target) if value is None else quantity.complete(value)))
         target.earlier = {}
         self.read[edge] = readings
         if block.hook is not None:

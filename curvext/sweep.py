@@ -28,7 +28,6 @@ class Settings:
     probes: int = 1
     generator: torch.Generator | None = None
     max_memory: int | None = None
-    columns: int = 0  # of the widest factor wave so far
     sampled: set[Any] = field(default_factory=set)
 
     def signs(self, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .columns import indivisible, reads_columns
+from .columns import reads_columns
 from .diagonal import pass_diagonal
 from .errors import CurvatureError
 from .extend import extend
@@ -190,7 +190,7 @@ def check_quantity(
     got = results()
     with without_rules():
         others = {"without rules": results()}
-    if reads_columns(quantity) and not indivisible(quantity):
+    if reads_columns(quantity) and not quantity.undivided():
         others["columns one by one"] = results(max_memory=1)
     for how, want in others.items():
         assert got.keys() == want.keys(), f"results for {sorted(got)}, and for {sorted(want)} {how}"

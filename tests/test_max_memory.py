@@ -11,6 +11,8 @@ from benchmarks.peak import peak_bytes
 from curvext import (
     EKFAC,
     KFLR,
+    KFRA,
+    NTK,
     BatchDiagGGNExact,
     BatchGrad,
     CurvatureError,
@@ -18,6 +20,8 @@ from curvext import (
     DiagGGNMC,
     GGNBlock,
     HesScale,
+    Jacobian,
+    Kronecker,
     SqrtGGNExact,
     SqrtGGNMC,
     extend,
@@ -30,7 +34,7 @@ from .models import MODELS, mlp
 pytestmark = pytest.mark.usefixtures("float64")
 
 QUANTITIES = (DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), GGNBlock(), KFLR(), BatchGrad(),
-              HesScale(ggn="exact"))  # fmt: skip
+              HesScale(ggn="exact"), Jacobian())  # fmt: skip
 
 
 @pytest.fixture
@@ -92,22 +96,47 @@ def test_losses(loss, sweeps):
     torch.manual_seed(1)
     model = mlp()
     closure = loss(model, torch.randn(4, 4), torch.randn(4, 3))
-    quantities = (DiagGGNExact(), GGNBlock()) if loss is penalised else QUANTITIES[:4]
+    quantities = (DiagGGNExact(), GGNBlock()) if loss is penalised else (*QUANTITIES[:4], Jacobian())
     want = computed(model, closure, *quantities)
     sweeps.clear()
     same(computed(model, closure, *quantities, max_memory=1), want)
     assert len(sweeps) == 3
 
 
-def test_two_losses(sweeps):
-    """Of different numbers of outputs; the columns may come in another order."""
+def test_two_losses():
+    """Of different numbers of outputs, in the same order."""
     model, x = mlp(), torch.randn(4, 4)
     loss = lambda: model(x).square().mean() + F.cross_entropy(model(x)[:, :2], torch.tensor([0, 1, 1, 0]))  # noqa: E731
-    same(computed(model, loss, *QUANTITIES[:2], max_memory=1), computed(model, loss, *QUANTITIES[:2]))
-    got, want = (computed(model, loss, SqrtGGNExact(), **o)[0] for o in ({"max_memory": 1}, {}))
-    for name, columns in want["sqrt_ggn_exact"].items():
-        rows = [c.transpose(0, 1).flatten(2) for c in (columns, got["sqrt_ggn_exact"][name])]
-        torch.testing.assert_close(*(r.mT @ r for r in rows))
+    quantities = (*QUANTITIES[:3], Jacobian())
+    same(computed(model, loss, *quantities, max_memory=1), computed(model, loss, *quantities))
+
+
+def test_the_output_itself():
+    x, z = torch.randn(4, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    loss = lambda: (z - 1).square().sum() + (x**2).cosh().sum()  # noqa: E731
+    results = []
+    for options in ({}, {"max_memory": 1}):
+        with extend({"x": x, "z": z}, Jacobian(), **options) as curvature:
+            loss().backward()
+        results.append(dict(curvature.jacobian))
+    torch.testing.assert_close(*results)
+    assert results[0]["z"].shape == (3, 4, 4, 3)
+
+
+def test_eigenvectors_that_are_given():
+    model, x = mlp(), torch.randn(4, 4)
+    closure = squared(model, x, torch.randn(4, 3))
+    found, _ = computed(model, closure, KFLR())
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    basis = {name: Kronecker(tuple(factors), tuple(shapes[name])).eigh() for name, factors in found["kflr"].items()}
+    want, got = (
+        computed(model, closure, EKFAC(mc_samples=None, basis=basis), **options)[0]["ekfac"]
+        for options in ({}, {"max_memory": 1})
+    )
+    for name in basis:
+        torch.testing.assert_close(got[name].values, want[name].values, rtol=1e-10, atol=1e-13)
+    one, _ = computed(model, closure, EKFAC(), max_memory=1)
+    assert one["ekfac"].keys() == basis.keys()
 
 
 def test_random_columns():
@@ -147,8 +176,9 @@ def test_an_error_in_a_part_leaves_the_gradients():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="EKFAC needs all columns at once"):
-        extend(mlp(), EKFAC(), max_memory=1000)
+    for quantity, why in ((EKFAC(2), "give them as basis="), (KFRA(), "one matrix"), (NTK(), "every other")):
+        with pytest.raises(ValueError, match=f"{type(quantity).__name__} needs all columns at once .*{why}"):
+            extend(mlp(), quantity, max_memory=1000)
     with pytest.raises(ValueError, match="number of bytes, got 0"):
         extend(mlp(), DiagGGNExact(), max_memory=0)
 

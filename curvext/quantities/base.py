@@ -34,9 +34,17 @@ class Saved(ABC):
         """What several backward passes of one block give together: that of the sum of their losses."""
         return a + b
 
+    def undivided(self) -> str:
+        """Why all columns of the factor wave must be read at once; empty if what parts of them give can be joined."""
+        return "it has no join(a, b)" if type(self).join is Saved.join else ""
+
     def join(self, a: Any, b: Any) -> Any:
         """What two sets of columns of the factor wave give together; for quantities that can be had in parts."""
         raise NotImplementedError(f"{type(self).__name__} reads all columns at once")
+
+    def complete(self, value: Any) -> Any:
+        """What was read, once all columns are there."""
+        return value
 
     def zero(self, target: Target) -> Any:
         """For a tensor in which the loss is linear, so that no wave reaches it."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..persample import Dense, Outer
 from ..wave import Wave
 from .base import Quantity, Target
-from .readings import Arrived, BySample, arrived, formed
+from .readings import Arrived, BySample, ColumnsBySample, arrived, formed
 from .waves import Factor
 
 
@@ -102,21 +102,8 @@ class BatchDiagGGNMC(_MonteCarlo, _BatchDiagonal):
     savefield = "diag_ggn_mc_batch"
 
 
-class _Root(BySample, _FactorReading):
-    leading = (0,)
-
-    def join(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a, b])
-
-    def of(self, found: Arrived, target: Target) -> Tensor:
-        samples = found.owned(type(self).__name__)
-        assert samples is not None
-        kept = self.kept(samples)
-        return formed(kept, target, self.savefield, kept.size)
-
-
 @dataclass(frozen=True)
-class SqrtGGNExact(_Root):
+class SqrtGGNExact(ColumnsBySample):
     """Columns J_nᵀ S_nv of the symmetric factor of B, ``[C, N, *P]``: Σ_c Σ_n of outer products is G.
 
     C counts all outputs of a sample: classes times positions.
@@ -134,7 +121,7 @@ class SqrtGGNExact(_Root):
 
 
 @dataclass(frozen=True)
-class SqrtGGNMC(_MonteCarlo, _Root):
+class SqrtGGNMC(_MonteCarlo, ColumnsBySample):
     """Random columns, ``[M, N, *P]``, M = ``mc_samples``."""
 
     subsampling: Sequence[int] | None = None
@@ -142,7 +129,7 @@ class SqrtGGNMC(_MonteCarlo, _Root):
 
     def __post_init__(self) -> None:
         _MonteCarlo.__post_init__(self)
-        _Root.__post_init__(self)
+        ColumnsBySample.__post_init__(self)
 
 
 @dataclass(frozen=True)

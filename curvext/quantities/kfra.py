@@ -192,6 +192,9 @@ class KFRA(Kept):
     def waves(self) -> tuple[Wave, ...]:
         return (Averaged(),)
 
+    def undivided(self) -> str:
+        return "it carries one matrix, which is as large for a few of them as for all"
+
     def read(self, target: Target, *waves: Any) -> Any:
         for value in (waves[0] or {}).values():
             if isinstance(value, Square):

@@ -298,7 +298,14 @@ class EKFAC(_Kronecker):
     dense_up_to: int = 1024
     basis: Mapping[str, Eigenbasis] | None = field(default=None, hash=False, compare=False)
     savefield = "ekfac"
-    join = Quantity.join  # the eigenvectors are those of all columns
+
+    def undivided(self) -> str:
+        if self.mc_samples == 1 or self.basis is not None:
+            return ""
+        return "its eigenvectors are those of all columns together; give them as basis="
+
+    def join(self, a: Any, b: Any) -> Any:
+        return replace(a, values=a.values + b.values)
 
     def of(self, parts: Sequence[PerSample], target: Target) -> Eigenbasis:
         given = None if self.basis is None else self.basis[target.names[0]]
@@ -319,7 +326,7 @@ class EKFAC(_Kronecker):
                 "EKFAC: the backward passes of one block have each their own eigenbasis; pass an earlier one as "
                 "EKFAC(basis=curvature.ekfac), or use one backward pass"
             )
-        return replace(a, values=a.values + b.values)
+        return self.join(a, b)
 
     def result(self, held: Any, target: Target) -> Eigenbasis:
         if held is None:

@@ -13,6 +13,7 @@ from ..errors import CurvatureError
 from ..factor import Diagonal, Whole, at_target
 from ..persample import Dense, PerSample
 from .base import Quantity, Target
+from .waves import Source
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,26 @@ class BySample(Quantity):
     def zero(self, target: Target) -> Tensor:
         n = target.n or 0 if self.subsampling is None else len(self.subsampling)
         return target.tensor.new_zeros(*self.leading, n, *target.tensor.shape)
+
+
+class ColumnsBySample(BySample):
+    """The columns themselves, ``[C, N, *P]``, those of one source after those of another."""
+
+    leading = (0,)
+
+    def read(self, target: Target, *waves: Any) -> Any:
+        found: dict[Any, list[Tensor]] = {}
+        for source, value in (waves[0] or {}).items():
+            columns = arrived({source: value}, target).owned(type(self).__name__)
+            assert columns is not None
+            kept = self.kept(columns)
+            place = source.at if isinstance(source, Source) else source
+            found.setdefault(place, []).append(formed(kept, target, self.savefield, kept.size))
+        return found or None
+
+    def join(self, a: Any, b: Any) -> Any:
+        return {place: [*a.get(place, ()), *b.get(place, ())] for place in {**a, **b}}
+
+    def complete(self, value: Any) -> Tensor:
+        parts = [part for of_source in value.values() for part in of_source]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

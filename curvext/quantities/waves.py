@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 from ..factor import Diagonal, Whole, across, part, pass_columns, reduced_columns
 from ..graph import Edge, Operation
-from ..hessians import DiagonalHessian, LossHessian, convex
+from ..hessians import ALL, DiagonalHessian, LossHessian, convex
 from ..output import Output, convex_in_output
 from ..persample import Dense, PerSample
 from ..samples import BATCH, Axis, masked
@@ -20,11 +21,32 @@ from ..tangents import Above
 from ..wave import Wave
 
 Waves = Sequence[Any]
-Part = tuple[int, int | None] | None  # the first of some columns, and the one after the last; None: all
 
 
+@dataclass(eq=False)
+class Part:
+    """Columns ``start`` to ``stop`` of every factor; ``most``: how many the widest has, of those met so far."""
+
+    start: int = 0
+    stop: int | None = None
+    most: int = 0
+
+    @property
+    def place(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def count(self, columns: int) -> None:
+        self.most = max(self.most, columns)
+
+
+@dataclass(frozen=True, eq=False)
 class Source:
-    """Where columns come from: those of one source belong together in all tensors that they reach."""
+    """Where columns come from: those of one source belong together in all tensors that they reach.
+
+    ``at`` is the same for all parts of a factor: the node; ``None``: the marks.
+    """
+
+    at: Any
 
 
 class _Unowned:
@@ -107,7 +129,7 @@ class Factor(Wave):
 
     kind: str = "fewest"
     draws: int = 1
-    within: Part = None
+    within: Part | None = None
     by_sample = True
 
     def needs_gradient(self, op: Operation) -> bool:
@@ -117,12 +139,12 @@ class Factor(Wave):
         reached = any(values is not None for values in wave)
         found: list[Any] = [{} if need and (reached or is_layer(op)) else None for need in op.needs]
         if starts(op, reached):
-            source = Source()
+            source = Source(op.node)
             for i, value in self._start(op, g).items():
                 found[i] = {} if value is None else {source: value}
         for source in {source: None for values in wave if values for source in values}:
             values = [None if values is None else values.get(source) for values in wave]
-            written = Source() if any(isinstance(value, Diagonal) for value in values) else source
+            written = Source(op.node) if any(isinstance(value, Diagonal) for value in values) else source
             for i, value in across(op, values).items():
                 found[i] = {**(found[i] or {}), source if isinstance(value, Diagonal) else written: value}
         return found
@@ -131,7 +153,7 @@ class Factor(Wave):
         return {i: self._columns(hessian.part(convex), op, i) for i, hessian in loss_hessian(op, g).items()}
 
     def seeds(self, output: Output) -> dict[Edge, Any]:
-        source, found = Source(), {(op.node, 0): {} for op in output.marks}  # type: Source, dict[Edge, Any]
+        source, found = Source(None), {(op.node, 0): {} for op in output.marks}  # type: Source, dict[Edge, Any]
         for op in output.marks:
             if op.node in output.hessians:
                 hessian = output.hessians[op.node].part(convex_in_output)
@@ -148,17 +170,16 @@ class Factor(Wave):
             columns = self._of(hessian, op, axis, op.n_samples)
             if self.within is None:
                 return columns
-            of_sample = columns[:1].numel() // op.n_samples
-            op.settings.columns = max(op.settings.columns, self.draws if self.kind == "draws" else of_sample)
+            self.within.count(self.draws if self.kind == "draws" else prod(columns.shape[1:]) // op.n_samples)
             return columns if len(columns) else None
-        if self.within is not None and self.within[0] > 0:
+        if self.within is not None and self.within.start > 0:
             return None
         if isinstance(hessian, DiagonalHessian):
             return Diagonal(hessian.b)
         return Whole(replace(self, within=None)._of(hessian, op, BATCH, 1))
 
     def _of(self, hessian: LossHessian, op: Operation, axis: Axis, n: int) -> Tensor:
-        part = slice(*(self.within or (None,)))
+        part = ALL if self.within is None else self.within.place
         if self.kind == "draws":
             few = len(range(self.draws)[part])
             columns = hessian.draws(few, axis, n, op.settings)
