@@ -12,7 +12,6 @@ after every network, and added to those in the file: parts may be measured one a
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import common
 import torch
+from common import kept, rewritten
 from models import Task, all_cnn_c, classification, cnn_3c3d, mlp, resnet18
 from peak import peak_bytes
 from torch import nn
@@ -221,15 +221,7 @@ def measured(results: dict[str, Any] | None) -> str:
 
 def page(results: dict[str, Any] | None) -> str:
     """docs/backpack.md with the measured part replaced."""
-    start, end = MARKS
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(start)[0], text.split(end)[1]
-    return before + start + measured(results) + end + after
-
-
-def kept(output: Path) -> dict[str, Any] | None:
-    """Results of an earlier run."""
-    return json.loads(output.read_text()) if output.exists() else None
+    return rewritten(PAGE, MARKS, measured(results))
 
 
 def options(argv: list[str] | None) -> Any:

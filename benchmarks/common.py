@@ -9,12 +9,14 @@ import argparse
 import datetime
 import json
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import curvext
+from curvext.demo.report import cell
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,3 +56,20 @@ def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
     print(f"\nWritten to {path}")
+
+
+def kept(path: Path) -> Any:
+    """Results of an earlier run; ``None`` if there was none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of the docs."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
+
+
+def rewritten(page: Path, marks: tuple[str, str], text: str) -> str:
+    """A page of the docs with what is between two marks replaced."""
+    before, rest = page.read_text(encoding="utf-8").split(marks[0])
+    return before + marks[0] + text + marks[1] + rest.split(marks[1])[1]
