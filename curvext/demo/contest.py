@@ -20,6 +20,7 @@ from ..errors import CurvatureError
 Pair = tuple[Tensor, Tensor]
 SEARCH = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the step for those that search along a line
 
+COUNTED = 5  # steps on batches whose arithmetic is counted
 ONE_STEP: Any = {"max_iter": 1, "max_eval": 25, "line_search_fn": "strong_wolfe"}  # torch's LBFGS, an iteration a step
 
 
@@ -173,7 +174,7 @@ def train(
     Args:
         epochs, iterations: passes over the data, steps.
         work: arithmetic in units of a gradient over all training data. If it is finite, it is counted, and ``seconds``
-            include the counting.
+            include the counting. Steps on batches are alike: after the first few, they count as the last of these.
         limit: seconds.
         goal: score; the training ends at the first reading that has it.
         readings: how often loss and score are read, at most; they take no part in ``seconds`` and ``work``.
@@ -185,7 +186,7 @@ def train(
     model = task.make()
     optimizer = method.make(model.parameters(), lr=lr)
     size = None if method.full_batch else batch
-    run, spent, seconds, flops = Run(), 0.0, 0.0, 0
+    run, spent, seconds, flops, counted = Run(), 0.0, 0.0, 0, 0
     for done, (x, y) in enumerate(task.batches(size, seed)):
         passes = done * len(x) / len(task.train[0])
         share = max(passes / epochs, done / iterations, (flops / unit if unit else 0.0) / work, seconds / limit)
@@ -198,10 +199,12 @@ def train(
         if share >= 1 or not math.isfinite(run.loss[-1]) or run.score[-1] >= goal:
             return run
         try:
-            took, counted = _timed(partial(step, task, model, optimizer, x, y), clock, bool(unit))
+            count = bool(unit) and (method.full_batch or done < COUNTED)
+            took, found = _timed(partial(step, task, model, optimizer, x, y), clock, count)
         except CurvatureError as error:
             run.error = f"step {done + 1}: {error}"
             return run
+        counted = found if count else counted
         seconds, flops = seconds + took, flops + counted
     raise AssertionError("batches have no end")
 
