@@ -11,6 +11,7 @@ from .curvature import Hessian as Hessian
 from .curvature import Jacobian as Jacobian
 from .curvature import Residual as Residual
 from .factored import FactoredGaussNewton as FactoredGaussNewton
+from .kronecker_sum import KroneckerSum as KroneckerSum
 from .space import Space as Space
 from .structured import BlockDiagonal as BlockDiagonal
 from .structured import Dense as Dense

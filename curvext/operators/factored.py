@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -88,27 +88,33 @@ class FactoredGaussNewton(Structured, Readable):
         return found.view(*places.shape, self.columns)
 
     def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
-        unit = torch.eye(columns.shape[-1], dtype=self.dtype, device=self.device)
-        return self.block_times(rows, columns, unit.expand(*columns.shape, -1))
+        return self._by_blocks(self._few_entries, rows, columns)
 
     def block_times(self, rows: Tensor, columns: Tensor, v: Tensor) -> Tensor:
-        """S[rows] (S[columns]ᵀ v), never formed as a whole."""
+        """S[rows] (S[columns]ᵀ v), so that the block is not formed."""
+        return self._by_blocks(self._few_times, rows, columns, v)
+
+    def _by_blocks(self, function: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
+        """A function of ``[B, r]`` and others, for a few of the blocks at a time."""
         few = self._few(self.columns * rows.shape[-1])
-        blocks = [x.reshape(-1, *x.shape[rows.dim() - 1 :]).split(few) for x in (rows, columns, v)]
-        found = torch.cat([self._few_times(*block) for block in zip(*blocks, strict=True)])
-        return found.view(*rows.shape, v.shape[-1])
+        pieces = [x.reshape(-1, *x.shape[rows.dim() - 1 :]).split(few) for x in (rows, *others)]
+        found = torch.cat([function(*piece) for piece in zip(*pieces, strict=True)])
+        return found.view(*rows.shape, found.shape[-1])
+
+    def _few_entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        few, strips = self._few(self.columns * len(rows)), []
+        for r in rows.split(few, 1):
+            s = self.rows(r)
+            strips.append(torch.cat([s @ self.rows(c).mT for c in columns.split(few, 1)], 2))
+        found = torch.cat(strips, 1)
+        return found if self.own is None else found + self.own[rows].unsqueeze(2) * _same(rows, columns)
 
     def _few_times(self, rows: Tensor, columns: Tensor, v: Tensor) -> Tensor:
-        """Blocks ``[B, r, c]`` times ``[B, c, K]``."""
         few = self._few(self.columns * len(rows))
         pieces = zip(columns.split(few, 1), v.split(few, 1), strict=True)
         inner = sum(self.rows(c).mT @ piece for c, piece in pieces)
-        return torch.cat([self.rows(r) @ inner + self._own_times(r, columns, v) for r in rows.split(few, 1)], 1)
-
-    def _own_times(self, rows: Tensor, columns: Tensor, v: Tensor) -> Tensor | float:
-        if self.own is None:
-            return 0.0
-        return self.own[rows].unsqueeze(2) * ((rows.unsqueeze(2) == columns.unsqueeze(1)).to(v.dtype) @ v)
+        found = torch.cat([self.rows(r) @ inner for r in rows.split(few, 1)], 1)
+        return found if self.own is None else found + self.own[rows].unsqueeze(2) * (_same(rows, columns).to(v) @ v)
 
     def diagonal(self) -> Tensor:
         """The diagonal ``[P]``."""
@@ -121,6 +127,11 @@ class FactoredGaussNewton(Structured, Readable):
     def trace(self) -> Tensor:
         """tr G."""
         return self.diagonal().sum()
+
+
+def _same(rows: Tensor, columns: Tensor) -> Tensor:
+    """Where an entry is on the diagonal."""
+    return rows.unsqueeze(2) == columns.unsqueeze(1)
 
 
 def _own(columns: Mapping[str, Columns], space: Space, like: Tensor) -> Tensor | None:
