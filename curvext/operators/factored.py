@@ -13,7 +13,6 @@ from torch import Tensor
 from ..factor import Diagonal
 from ..persample import PerSample
 from ..quantities.factored import Columns
-from ..quantities.waves import Source
 from .base import Readable
 from .space import Space
 from .structured import Structured
@@ -49,7 +48,7 @@ class FactoredGaussNewton(Structured, Readable):
         self.parts = [
             {k: v for k, v in columns[name].parts.items() if isinstance(v, PerSample)} if name in columns else {}
             for name in space.shapes
-        ]  # type: list[dict[Source, PerSample]]
+        ]  # type: list[dict[object, PerSample]]
         self.own = _own(columns, space, like)
         sizes = {source: part.size for parts in self.parts for source, part in parts.items()}
         ends = torch.tensor([0, *map(prod, sizes.values())]).cumsum(0).tolist()
@@ -65,7 +64,7 @@ class FactoredGaussNewton(Structured, Readable):
         return max(1, self.room // max(1, size))
 
     def _product(self, v: Tensor) -> Tensor:
-        inner: dict[Source, Any] = {}
+        inner: dict[object, Any] = {}
         for parts, piece in zip(self.parts, self.space.split(v), strict=True):
             for source, part in parts.items():
                 inner[source] = inner.get(source, 0) + part.inner(piece)

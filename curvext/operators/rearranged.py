@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..persample import Dense, Outer, PerSample
-from ..quantities.waves import Source
 from .factored import FactoredGaussNewton
 
-Parts = Mapping[Source, PerSample]
+Parts = Mapping[object, PerSample]
 START, MORE = 8, 8  # the first rank that is tried; columns beyond it
 
 
@@ -34,7 +33,7 @@ class Layer:
     """
 
     places: Tensor
-    parts: Mapping[Source, tuple[Tensor, Tensor]]
+    parts: Mapping[object, tuple[Tensor, Tensor]]
 
     def with_bias(self, places: Tensor) -> Layer:
         """The input gets a last feature 1."""
@@ -92,7 +91,7 @@ class Rearranged:
         return sizes[0], sizes[1]
 
     @property
-    def common(self) -> list[Source]:
+    def common(self) -> list[object]:
         """The sources of both."""
         return [source for source in self.a.parts if source in self.b.parts]
 

@@ -13,7 +13,7 @@ from ..factor import Diagonal, Whole, at_target
 from ..persample import Dense, PerSample
 from ..wave import Wave
 from .base import Quantity, Target
-from .waves import Factor, Source
+from .waves import Factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Columns:
 
     like: Tensor
     shape: torch.Size
-    parts: Mapping[Source, PerSample | Diagonal]
+    parts: Mapping[object, PerSample | Diagonal]
 
     def __add__(self, other: Columns) -> Columns:
         return replace(self, parts={**self.parts, **other.parts})
@@ -59,7 +59,7 @@ class GGNFactor(Quantity):
 
     def read(self, target: Target, *waves: Any) -> Columns:
         values = {source: at_target(value, target.axis, target.n) for source, value in (waves[0] or {}).items()}
-        return replace(self.zero(target), parts={source: _kept(value) for source, value in values.items()})
+        return replace(self.zero(target), parts={source.token: _kept(value) for source, value in values.items()})
 
     def join(self, a: Columns, b: Columns) -> Columns:
         return a + b

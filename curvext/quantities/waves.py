@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -43,10 +43,12 @@ class Part:
 class Source:
     """Where columns come from: those of one source belong together in all tensors that they reach.
 
-    ``at`` is the same for all parts of a factor: the node; ``None``: the marks.
+    ``at`` is the same for all parts of a factor: the node; ``None``: the marks. ``token`` stands for it in results,
+    which are not to hold the graph.
     """
 
     at: Any
+    token: object = field(default_factory=object)
 
 
 class _Unowned:
