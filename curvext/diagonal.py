@@ -33,14 +33,12 @@ def pass_diagonal(op: Operation, g: Waves | None, h: Waves, *variants: str) -> W
     if zero and g is None:
         return ()
     rule = registry.find_diagonal(op, *variants)
-    if rule is None:
-        return default(op, g, None if zero else h)
-    if rule.outputs == "all":
+    if rule is not None and rule.outputs == "all":
         waves = rule.function(op, g, None if zero else h)
-    elif len(h) > 1 and not (_is_zero(h[1:]) and _is_zero((g or ())[1:])):
-        return default(op, g, None if zero else h)
-    else:
+    elif rule is not None and (len(h) == 1 or (_is_zero(h[1:]) and _is_zero((g or ())[1:]))):
         waves = rule.function(op, None if g is None else g[0], h[0])
+    else:
+        return default(op, g, None if zero else h)
     if waves is None:
         return ()
     return (waves,) if isinstance(waves, Tensor) else waves

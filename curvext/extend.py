@@ -122,9 +122,7 @@ class extend(TorchFunctionMode):
                 if why := quantity.undivided():
                     what = type(quantity).__name__
                     raise ValueError(f"extend: {what} needs all columns at once ({why}); leave out max_memory")
-        self.options = {
-            "generator": generator, "probes": probes, "enumerate_up_to": enumerate_up_to, "max_memory": max_memory
-        }  # fmt: skip
+        self.options = enumerate_up_to, probes, generator, max_memory
         self.waves = list({wave: None for entry in self.entries for wave in getattr(entry.quantity, "waves", ())})
 
     def __enter__(self) -> Curvature:  # type: ignore[override]
@@ -135,8 +133,8 @@ class extend(TorchFunctionMode):
         self.asked = assigned(self.model, self.entries, tensors, self.only)
         self.tensors = {name: tensors[name] for name in self.asked}
         fields = list({entry.quantity.savefield: None for entry in self.entries})
-        self.earlier = {id(t): {f: [t.__dict__.pop(f, None)] for f in fields} for t in every.values()}
-        self.settings = Settings(**self.options)  # type: ignore[arg-type]
+        self.earlier = {(id(t), field): t.__dict__.pop(field, None) for t in every.values() for field in fields}
+        self.settings = Settings(*self.options)
         self.results = Curvature(fields)
         self.held: dict[tuple[str, str], Any] = {}
         self.backwards = 0
@@ -171,7 +169,7 @@ class extend(TorchFunctionMode):
         """``loss.backward(...)`` with a sweep around it; whatever fails in the sweep is raised after it."""
         self.backwards += 1
         arguments = {"gradient": gradient, "retain_graph": retain_graph, "create_graph": create_graph, "inputs": inputs}
-        if any(getattr(entry.quantity, "retains", False) for entry in self.entries):
+        if any([entry.quantity.retains for entry in self.entries]):
             arguments["retain_graph"] = True
         if loss.grad_fn is None:
             return loss.backward(**arguments)  # torch's own error, or a leaf, which has no curvature
@@ -220,9 +218,10 @@ class extend(TorchFunctionMode):
 
     def _prepare(self, sweep: Sweep, reader: Reader, loss: Tensor, gradient: Tensor | None) -> Exception | None:
         """What must be known before the backward pass; a failure must not cost the gradients."""
-        samples = Samples(sweep.operations, sweep.targets, self.samples)
+        samples = None
         try:
-            if any(wave.by_sample for wave in self.waves):
+            if any([wave.by_sample for wave in self.waves]):
+                samples = Samples(sweep.operations, sweep.targets, self.samples)
                 samples.follow()
                 if samples.doubt and any(entry.quantity.per_sample for entry in self.entries):
                     raise CurvatureError(_doubtful(samples.doubt))
@@ -231,7 +230,7 @@ class extend(TorchFunctionMode):
                 sweep.seeds = seeds(sweep.operations, self.waves, loss, gradient)
             reader.products(loss, gradient)
         except CurvatureError as error:
-            at = samples.at
+            at = None if samples is None else samples.at
             return error if at is None else _located(error, (at.kind, nearest(at.node, sweep.targets)))
         return None
 

@@ -7,10 +7,12 @@ An *operation* is one autograd node. Its outputs are numbered; its differentiabl
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 Edge = tuple[Node, int]
@@ -50,24 +52,28 @@ class Operation:
     #: Whether it is part of the loss, by :func:`curvext.output`: a tensor so marked is below.
     above = False
 
-    def __init__(
-        self, node: Node, edges: tuple[Edge, ...], needs: tuple[bool, ...], graph: Graph, settings: Any, is_target: bool
-    ):
-        self.node, self.edges, self.needs, self.graph = node, edges, needs, graph
+    def __init__(self, node: Node, needs: tuple[bool, ...], graph: Graph, settings: Any, is_target: bool):
+        self.node, self.needs, self.graph = node, needs, graph
         self.settings, self.is_target = settings, is_target
-        self.name = node.name()
-        function = getattr(type(node), "_forward_cls", None)
+        self.name: str = node.name()
         #: Whether this is a Python ``autograd.Function``; then what its ``ctx`` held reads as an attribute.
-        self.is_python = function is not None
+        self.is_python = isinstance(node, BackwardCFunction)
         #: What rules are registered for: the node's name, or the class of a Python ``autograd.Function``.
-        self.kind = function or self.name
-        #: Shape, dtype and device of every output, and of every differentiable input.
+        self.kind = getattr(type(node), "_forward_cls", self.name) if self.is_python else self.name
+        self.edges = edges = graph.edges[node]
+        #: Shape, dtype and device of every output.
         self.outputs = graph.outputs[node]
-        self.inputs = tuple([None if child is None else graph.outputs[child][k] for child, k in edges])
+        #: The inputs that lead to targets, by number, and where they come from.
+        self.below = [(i, edge) for i, edge in enumerate(edges) if needs[i]]
         #: Whether an input or an output is complex: such a tensor counts as a pair of real ones.
         self.is_complex = bool(graph.complex) and (node in graph.complex or any(n in graph.complex for n, _ in edges))
         #: Whether one tensor enters this operation more than once.
         self.coincident = len(edges) > 1 and len(set(edges)) < len(edges) and any(len(g) > 1 for g in self.groups)
+
+    @cached_property
+    def inputs(self) -> tuple[Any, ...]:
+        """Shape, dtype and device of every differentiable input; ``None`` where there is no edge."""
+        return tuple([None if child is None else self.graph.outputs[child][k] for child, k in self.edges])
 
     def __getattr__(self, saved: str) -> Any:
         if self.__dict__["is_python"]:
@@ -109,7 +115,8 @@ class Operation:
         """A wave as it belongs to input ``i``: broadcast dimensions summed, its dtype, dense."""
         if wave.layout is not torch.strided:
             wave = wave.to_dense()
-        meta = self.inputs[i]
+        node, k = self.edges[i]
+        meta = self.graph.outputs[node][k]
         if list(wave.shape) != meta.shape:
             wave = wave.sum_to_size(meta.shape)
         if wave.dtype != meta.dtype:
@@ -122,36 +129,36 @@ class Graph:
 
     def __init__(self, roots: Iterable[Node]):
         self.roots = frozenset(roots)
-        self.order: list[tuple[Node, tuple[Edge, ...]]] = []
-        self.outputs: dict[Node, tuple[Any, ...]] = {}
-        self.complex: set[Node] = set()
-        self.leaves: dict[int, Edge] = {}
-        stack: list[tuple[Node, tuple[Edge, ...] | None]] = [(root, None) for root in self.roots]
-        while stack:  # depth first
-            node, edges = stack.pop()
-            if edges is not None:
-                self.order.append((node, edges))
-            elif node not in self.outputs:
-                edges = cast(tuple[Edge, ...], node.next_functions)
-                stack.append((node, edges))
-                self._describe(node, edges)
-                stack.extend([(child, None) for child, _ in edges if child is not None])
+        self.edges: dict[Node, tuple[Edge, ...]] = {}
+        self.order: list[Any] = []
+        self.ends: list[Any] = []
+        self._walk()
+        self.outputs: dict[Node, tuple[Any, ...]] = {node: node._input_metadata for node in self.order}
+        self.complex = {node for node, metas in self.outputs.items() for meta in metas if meta.dtype.is_complex}
+        self.leaves: dict[int, Edge] = {id(node.variable): (node, 0) for node in self.ends if hasattr(node, "variable")}
 
-    def _describe(self, node: Node, edges: tuple[Edge, ...]) -> None:
-        self.outputs[node] = outputs = cast(Any, node)._input_metadata
-        for meta in outputs:
-            if meta.dtype.is_complex:
-                self.complex.add(node)
-        if not edges:
-            variable = getattr(node, "variable", None)
-            if variable is not None:
-                self.leaves[id(variable)] = (node, 0)
+    def _walk(self) -> None:
+        """Depth first."""
+        stack: list[Any] = list(self.roots)
+        while stack:
+            node = stack.pop()
+            if node is None:  # all below the next one are listed
+                self.order.append(stack.pop())
+            elif node not in self.edges:
+                self.edges[node] = edges = node.next_functions
+                if edges:
+                    stack += (node, None)
+                    for child, _ in edges:
+                        if child is not None:
+                            stack.append(child)
+                else:
+                    self.order.append(node)
+                    self.ends.append(node)
 
     def edge_of(self, tensor: Tensor) -> Edge | None:
         """Where ``tensor`` is produced; ``None`` for a leaf that the roots do not depend on."""
-        if tensor.grad_fn is not None:
-            return tensor.grad_fn, tensor.output_nr
-        return self.leaves.get(id(tensor))
+        leaf = self.leaves.get(id(tensor))
+        return leaf if leaf is not None or tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
 
     def operations(self, targets: Collection[Edge], settings: Any = None) -> list[Operation]:
         """The operations that lead to ``targets``, roots first.
@@ -159,15 +166,15 @@ class Graph:
         Nodes from which no target can be reached are left out: frozen layers below the first trained one cost nothing.
         """
         produced = {node for node, _ in targets}
-        leading = set(produced)
-        for node, edges in self.order:
-            if node not in leading and (any([child in leading for child, _ in edges]) or _hides(node)):
+        leading, found = set(produced), []
+        for node in self.order:
+            needs = tuple([child in leading for child, _ in self.edges[node]])
+            if True in needs or node in produced or _hides(node):
                 leading.add(node)
-        return [
-            Operation(node, edges, tuple([child in leading for child, _ in edges]), self, settings, node in produced)
-            for node, edges in reversed(self.order)
-            if node in leading and edges
-        ]
+                if needs:
+                    found.append(Operation(node, needs, self, settings, node in produced))
+        found.reverse()
+        return found
 
 
 def _hides(node: Node) -> bool:

@@ -59,7 +59,7 @@ class Reader:
         """All that this target will get, but for its gradient, which comes next."""
         target = self.targets[edge]
         own = target.tensor._backward_hooks  # these may change the gradient
-        if target.tensor.is_leaf and not own and any(quantity.total for quantity in self.block.asked[target.names[0]]):
+        if target.tensor.is_leaf and not own and any([q.total for q in self.block.asked[target.names[0]]]):
             self.handles.append(target.tensor.register_hook(partial(self._with_gradient, edge, waves)))
         else:
             self._read(edge, waves)
@@ -76,19 +76,20 @@ class Reader:
 
     def _read(self, edge: Edge, waves: Sequence[Any]) -> None:
         block, target = self.block, self.targets[edge]
-        # results of an earlier block: let go of one by one, so that their memory is reused while it is warm
-        earlier = block.earlier.pop(id(target.tensor), {})
-        target.earlier = {q.savefield: earlier.pop(q.savefield, []) for q in block.asked[target.names[0]] if q.recycles}
-        del earlier
+        asked = block.asked[target.names[0]]
         readings = []
-        for quantity in block.asked[target.names[0]]:
+        for quantity in asked:
+            # an earlier block's result: let go of or written again one by one, so that its memory is reused while warm
+            earlier = block.earlier.pop((id(target.tensor), quantity.savefield), None)
+            target.earlier = [earlier] if quantity.recycles else None
+            del earlier
             if isinstance(quantity, Quantity):
                 value = quantity.read(target, *[waves[self.place[wave]] for wave in quantity.waves])
                 value = self._joined(edge, quantity, value)
             else:
                 value = self.whole[edge][quantity.savefield]
             readings.append((quantity, quantity.zero(target) if value is None else quantity.complete(value)))
-        target.earlier = {}
+        target.earlier = None
         self.read[edge] = readings
         if block.hook is not None:
             self._keep(edge)

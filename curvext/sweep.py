@@ -121,8 +121,8 @@ class Sweep:
         self.awaited = dict.fromkeys(self.unhooked, 0)
         self.awaited.update([(node, 0) for node, _ in self.targets if not node.next_functions])
         for op in self.operations:
-            for (node, _), needed in zip(op.edges, op.needs, strict=True):
-                if needed and node in self.awaited:
+            for _, (node, _) in op.below:
+                if node in self.awaited:
                     self.awaited[node] += 1
 
     def _advance(self, op: Operation, grads: Sequence[Tensor | None]) -> None:
@@ -147,26 +147,27 @@ class Sweep:
 
     def _send(self, op: Operation, q: int, outgoing: Sequence[Any]) -> None:
         kind = self.kinds[q]
-        for i, wave in enumerate(outgoing):
-            if wave is None or not op.needs[i]:
+        for i, edge in op.below:
+            if i >= len(outgoing) or outgoing[i] is None:
                 continue
-            edge, wave = op.edges[i], kind.reduced(op, wave, i)
+            wave = kind.reduced(op, outgoing[i], i)
             waiting = self.waves.get(edge)
             if waiting is None:
-                waiting = self.waves[edge] = [None] * len(self.kinds)
+                self.waves[edge] = waiting = [None] * len(self.kinds)
             waiting[q] = wave if waiting[q] is None else kind.add(waiting[q], wave)
 
     def _release(self, op: Operation) -> None:
         """What was sent may have been the last that a leaf, or an operation without a hook, was waiting for."""
-        for (node, k), needed in zip(op.edges, op.needs, strict=True):
-            if needed and node in self.awaited:
+        for _, edge in op.below:
+            node = edge[0]
+            if node in self.awaited:
                 self.awaited[node] -= 1
                 if self.awaited[node]:
                     continue
                 if node in self.unhooked:
                     self.ready.append(self.unhooked[node])
-                elif (node, k) in self.targets:
-                    self._finish((node, k))
+                elif edge in self.targets:
+                    self._finish(edge)
 
     def _finish(self, edge: Edge, keep: bool = False) -> None:
         """Nothing more will reach this target."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ class Saved(ABC):
     savefield: ClassVar[str]
     total: ClassVar[bool] = False  # whether it reads ``target.gradient``
     recycles: ClassVar[bool] = False  # whether it writes into ``target.memory``
+    retains: ClassVar[bool] = False  # whether the graph is needed after the backward pass too
     per_sample: ClassVar[bool] = False  # whether it depends on how the loss is divided into samples
 
     def settled(self, held: Any) -> Any:
@@ -99,11 +100,11 @@ class Target:
     n: int | None = None
     axis: Any = None
     gradient: Tensor | None = None
-    earlier: dict[str, list[Any]] = field(default_factory=dict)
+    earlier: list[Any] | None = None
 
-    def memory(self, savefield: str, *shape: int) -> Tensor | None:
-        """The tensor that an earlier block left here as ``savefield``, to be written again, if nobody else holds it."""
-        return taken(self.earlier.get(savefield, []), shape, self.tensor)
+    def memory(self, *shape: int) -> Tensor | None:
+        """What an earlier block left here for the quantity that reads, to be written again, if nobody else holds it."""
+        return taken(self.earlier or [], shape, self.tensor)
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,6 @@ class Carried(Wave, Quantity):
 @dataclass(frozen=True)
 class WholeGraph(Saved):
     """A quantity computed from the whole graph by products, before the backward pass frees it."""
-
-    retains: ClassVar[bool] = False  # whether the graph is needed afterwards too
 
     @abstractmethod
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -38,8 +38,8 @@ class Diagonals(Wave):
         return bends(op)
 
     def step(self, op: Operation, g: Waves, wave: Waves) -> Waves:
-        below_loss = any(h is not None for h in wave)
-        return pass_diagonal(op, None if self.gauss_newton and below_loss else g, wave)
+        without = self.gauss_newton and any(h is not None for h in wave)  # from below the loss
+        return pass_diagonal(op, None if without else g, wave)
 
 
 @dataclass(frozen=True)

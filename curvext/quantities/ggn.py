@@ -84,7 +84,7 @@ class _BatchDiagonal(BySample, _FactorReading):
         samples = found.owned(type(self).__name__)
         assert samples is not None
         if isinstance(samples, Outer) and samples.positions == 1:
-            return formed(samples.squared(), target, self.savefield, samples.size[1:])
+            return formed(samples.squared(), target, samples.size[1:])
         return samples.sample_squares()
 
 

@@ -54,7 +54,7 @@ class BatchGrad(BySample, _FirstOrder):
 
     def of(self, gradients: PerSample, target: Target) -> Tensor:
         kept = self.kept(gradients)
-        return formed(kept, target, self.savefield, kept.size[1:])
+        return formed(kept, target, kept.size[1:])
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def differentiated_twice(what: str) -> Iterator[None]:
 
 def refuse_mistaken(loss: Tensor, what: str) -> None:
     """Refuse operations whose second derivative PyTorch has wrong."""
-    for node, _ in Graph([loss.grad_fn] if loss.grad_fn is not None else []).order:
+    for node in Graph([loss.grad_fn] if loss.grad_fn is not None else []).order:
         if node.name() in MISTAKEN:
             raise CurvatureError(
                 f"{what}: PyTorch's second derivative of {node.name()} is wrong. For weight norm, write "

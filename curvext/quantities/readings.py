@@ -61,12 +61,12 @@ def joined(parts: Sequence[PerSample]) -> PerSample | None:
     return parts[0] if parts else None
 
 
-def formed(columns: PerSample, target: Target, savefield: str, leading: Sequence[int]) -> Tensor:
+def formed(columns: PerSample, target: Target, leading: Sequence[int]) -> Tensor:
     """All of ``columns`` as ``[*leading, *P]``, in the memory of an earlier result if that can be."""
     if isinstance(columns, Dense):
         return columns.values.view(*leading, *target.tensor.shape)
     shape = (*leading, *target.tensor.shape)
-    out = target.memory(savefield, *shape)
+    out = target.memory(*shape)
     if out is None:
         out = columns.empty(shape)
     columns.dense(out.view(*columns.size, *target.tensor.shape))
@@ -114,7 +114,7 @@ class ColumnsBySample(BySample):
             assert columns is not None
             kept = self.kept(columns)
             place = source.at if isinstance(source, Source) else source
-            found.setdefault(place, []).append(formed(kept, target, self.savefield, kept.size))
+            found.setdefault(place, []).append(formed(kept, target, kept.size))
         return found or None
 
     def join(self, a: Any, b: Any) -> Any:
