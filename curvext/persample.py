@@ -24,6 +24,7 @@ from torch import Tensor
 BLOCK = 1 << 18  # entries that are computed together, so that they stay in a CPU's cache
 BLOCK_GPU = 1 << 26
 SMALL = 1 << 12  # entries of rows that are faster added up together than one by one
+HALVED = 256  # features beyond which half of a symmetric product is faster than all of it
 
 
 def over(x: Tensor, dim: int) -> Tensor:
@@ -52,6 +53,28 @@ def combined(s: Tensor, weights: Tensor) -> Tensor:
     return waves.transpose(0, 1).reshape(len(weights), *s.shape[1:])
 
 
+def gram(x: Tensor, alpha: float = 1) -> Tensor:
+    """α xᵀx over the rows of ``x [G, M, F]``, ``[G, F, F]``."""
+    if len(x) > 1 or x.shape[2] <= HALVED:
+        return torch.baddbmm(x.new_zeros(1, 1, 1), x.mT, x, beta=0, alpha=alpha)
+    out = x.new_empty(1, x.shape[2], x.shape[2])
+    _fill_gram(out[0], x[0], alpha)
+    return out
+
+
+def _fill_gram(out: Tensor, x: Tensor, alpha: float) -> None:
+    """By quarters: the one below the diagonal is that above."""
+    if x.shape[1] <= HALVED:
+        torch.addmm(out, x.mT, x, beta=0, alpha=alpha, out=out)
+        return
+    half = x.shape[1] // 2
+    (first, above), (below, second) = ((rows[:, :half], rows[:, half:]) for rows in (out[:half], out[half:]))
+    _fill_gram(first, x[:, :half], alpha)
+    _fill_gram(second, x[:, half:], alpha)
+    torch.addmm(above, x[:, :half].mT, x[:, half:], beta=0, alpha=alpha, out=above)
+    below.copy_(above.mT)
+
+
 class WaveGram:
     """Σ_v Σ_n s sᵀ ``[O, O]`` of a wave that a weight and its bias get, computed once; the wave in the form of each."""
 
@@ -63,7 +86,7 @@ class WaveGram:
         """In float32 at least."""
         rows = self.of_bias.flatten(0, 1)
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        return rows.mT @ rows
+        return gram(rows.unsqueeze(0))[0]
 
 
 class PerSample(ABC):
@@ -114,8 +137,7 @@ class PerSample(ABC):
 
     def block(self) -> Tensor:
         """Σ_v Σ_n [v, n] [v, n]ᵀ: ``[P, P]``, rows and columns in the order of the flattened tensor."""
-        rows = self.dense().unsqueeze(2).flatten(2).flatten(0, 1)
-        return rows.mT @ rows
+        return gram(self.dense().unsqueeze(2).flatten(2).flatten(0, 1).unsqueeze(0))[0]
 
     @abstractmethod
     def inner(self, vectors: Tensor) -> Tensor:

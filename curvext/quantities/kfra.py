@@ -15,7 +15,7 @@ from ..errors import CurvatureError
 from ..factor import across, part, pass_columns, reduced_columns
 from ..graph import Operation
 from ..hessians import LossHessian
-from ..persample import Dense, Outer, PerSample
+from ..persample import Dense, Outer, PerSample, gram
 from ..samples import Axis, back, front
 from ..wave import Wave
 from .base import Target
@@ -47,6 +47,9 @@ class Placed:
     def gram(self, labels: Outer, scales: Outer) -> Tensor:
         """Σ_t of the diagonal blocks of M, ``[G, O, O]``."""
         s, scale = labels.s[0, 0], scales.s[0, 0]
+        if s.numel() == len(self.m):  # at one position, all entries in order
+            by = scale.flatten().to(self.m.dtype)
+            return (by.outer(by) * self.m).unsqueeze(0)
         index = torch.where(scale == 0, 0, s / scale).round().long()  # 0: nothing, where a map was padded
         scale = scale.to(self.m.dtype)
         blocks = pad(self.m, (1, 0, 1, 0))[index.unsqueeze(-1), index.unsqueeze(-2)]
@@ -76,7 +79,7 @@ class Averaged(Factor):
 
     def _of(self, hessian: LossHessian, op: Operation, axis: Axis, n: int) -> Any:
         s = wide(front(hessian.fewest(axis, n), axis, n, 1).flatten(2).flatten(0, 1))
-        return Mean(s.mT @ s)
+        return Mean(gram(s.unsqueeze(0))[0])
 
     def _below(self, op: Operation, value: Any) -> dict[int, Any]:
         if isinstance(value, Placed):
@@ -123,8 +126,8 @@ def _columns(op: Operation, rows: Tensor, dtype: torch.dtype | None = None) -> T
 def _dealt(op: Operation, rows: Tensor) -> Tensor:
     """``rows [R, D]`` dealt to the samples, as columns: one column takes N of them."""
     n, (r, d) = op.n_samples, rows.shape
-    padded = torch.cat([rows, rows.new_zeros(-r % n, d)])
-    return _columns(op, padded.view(-1, n, d))
+    padded = torch.cat([rows, rows.new_zeros(-r % n, d)]) if r % n else rows
+    return _columns(op, padded.reshape(-1, n, d))
 
 
 def _passed(op: Operation, i: int, columns: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def _averaged(op: Operation, i: int, m: Tensor) -> Tensor:
         return _passed(op, i, _dealt(op, once)).flatten(0, 1)[: len(once)]
     if registry.laid_out(op, "aligned") and op.inputs[i].shape == op.outputs[0].shape:
         slopes = _passed(op, i, m.new_ones(1, *op.outputs[0].shape, dtype=op.outputs[0].dtype))[0]
-        return (slopes.mT @ (slopes / n)).mul_(m)
+        return gram(slopes.unsqueeze(0), 1 / n)[0].mul_(m)
     once = _passed(op, i, _columns(op, m.unsqueeze(1).expand(-1, n, -1)))
     return _passed(op, i, _columns(op, once.transpose(0, 2))).mean(1)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import CurvatureError
 from ..kronecker import Eigenbasis, Kronecker
-from ..persample import Outer, PerSample
+from ..persample import Outer, PerSample, gram
 from ..rows import Rows
 from ..wave import Wave
 from .base import Quantity, Target
@@ -107,15 +107,7 @@ def sums(part: Outer | Rows, setting: str, out: Tensor | None = None) -> Sums:
         return Sums(out, uses / count, uses / count, count, True)
     x = wide(part.x)
     x = (x.mean(2, keepdim=True) if reduce else x).transpose(0, 1).flatten(1, 2)
-    return Sums(out, _mean_gram(x), x.mean(1), x.shape[1], part.flipped)
-
-
-def _mean_gram(x: Tensor) -> Tensor:
-    """The mean of x xᵀ over the rows of ``[G, M, I]``."""
-    alpha = 1 / max(1, x.shape[1])
-    if len(x) > 1:
-        return torch.baddbmm(x.new_zeros(1, 1, 1), x.mT, x, beta=0, alpha=alpha)
-    return torch.addmm(x.new_zeros(1, 1), x[0].mT, x[0], beta=0, alpha=alpha).unsqueeze(0)
+    return Sums(out, gram(x, 1 / max(1, x.shape[1])), x.mean(1), x.shape[1], part.flipped)
 
 
 def _gram(part: Outer | Rows, reduce: bool) -> Tensor:
@@ -124,7 +116,7 @@ def _gram(part: Outer | Rows, reduce: bool) -> Tensor:
         return part.wave.value.unsqueeze(0)
     s = wide(part.s.unsqueeze(2) if isinstance(part, Rows) else part.s)
     s = (s.sum(3, keepdim=True) if reduce else s).permute(2, 0, 1, 3, 4).flatten(1, 3)
-    return s.mT @ s
+    return gram(s)
 
 
 def block(parts: Sequence[PerSample], setting: str, dense_up_to: int, size: int) -> Sums | Tensor:
