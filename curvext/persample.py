@@ -312,12 +312,12 @@ class Outer(PerSample):
 
     def inner(self, vectors: Tensor) -> Tensor:
         groups, o, i = self.s.shape[2], self.s.shape[4], self.x.shape[3]
-        matrices = vectors.reshape(-1, 1, groups, *((i, o) if self.flipped else (o, i)))
-        return inner(self.s, self.x @ (matrices if self.flipped else matrices.mT))
+        matrices = vectors.reshape(-1, groups, *((i, o) if self.flipped else (o, i)))
+        matrices = matrices if self.flipped else matrices.mT
+        return inner(self.s, torch.einsum("ngti,ugio->ungto", self.x, matrices))
 
     def combined(self, weights: Tensor) -> Tensor:
-        waves = combined(self.s, weights).permute(0, 2, 4, 1, 3).flatten(3)  # U G O NT
-        return self._laid(waves @ self.x.transpose(0, 1).flatten(1, 2))
+        return self._laid(torch.einsum("ungto,ngti->ugoi", combined(self.s, weights), self.x))
 
     def entries(self, places: Tensor) -> Tensor:
         o, i = self.s.shape[4], self.x.shape[3]

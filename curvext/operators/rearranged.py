@@ -107,16 +107,19 @@ class Rearranged:
 
     def times(self, w: Tensor) -> Tensor:
         """``[K, I_a I_b]`` to ``[K, O_a O_b]``."""
-        w = w.view(len(w), 1, self.a.places.shape[1], -1)
-        return sum(((x @ w) @ y.mT).flatten(1) @ p for p, x, y in self._pieces())  # type: ignore[return-value]
+        w, found = w.view(len(w), self.a.places.shape[1], -1), w.new_zeros(len(w), self.shape[0])
+        for p, x, y in self._pieces():
+            inner = torch.einsum("kntj,nuj->kntu", torch.einsum("nti,kij->kntj", x, w), y)
+            found += inner.flatten(1) @ p
+        return found
 
     def adjoint(self, z: Tensor) -> Tensor:
         """``[K, O_a O_b]`` to ``[K, I_a I_b]``."""
-        found: Tensor | float = 0.0
+        found = z.new_zeros(len(z), self.shape[1])
         for p, x, y in self._pieces():
             inner = (z @ p.mT).view(len(z), *x.shape[:2], y.shape[1])
-            found = found + x.flatten(0, 1).mT @ (inner @ y).flatten(1, 2)
-        return found.flatten(1)  # type: ignore[union-attr]
+            found += torch.einsum("nti,kntj->kij", x, torch.einsum("kntu,nuj->kntj", inner, y)).flatten(1)
+        return found
 
 
 @dataclass(frozen=True)
