@@ -271,6 +271,15 @@ def _products(op: Operation, s: Any, a: Any, b: Any, wanted: Sequence[bool], fir
     return found
 
 
+@rule("MvBackward0", wave="shared")
+def mv_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """y = A v: v gets Σ over a sample's rows of A, each times its entry of s."""
+    axis, n = op.axes_out[0], op.n_samples
+    if not wanted[1] or sparse(op.self):
+        return {}
+    return {1: Dense(torch.einsum("vnt,nti->vni", front(s, axis, n, 1), front(op.self.conj(), axis, n)))}
+
+
 @rule("LinearBackward0", wave="factor")
 def linear_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     """S_x = S W; between shared tensors it is left to the node."""

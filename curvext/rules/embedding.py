@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..graph import Operation
-from ..persample import PerSample
+from ..persample import Dense, PerSample
 from ..registry import rule
 from ..rows import Rows
-from ..samples import front
+from ..samples import front, labels
 from .structure import scaling, select
 
 SUM, MEAN, MAX = range(3)  # modes of EmbeddingBag, as its node saves them
@@ -63,10 +63,7 @@ def embedding_bag(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """
     if h is None or op.mode == MAX:
         return select(op, g, h)
-    indices, offsets = op.indices, op.offsets
-    # as the backward pass, it cannot rely on what the kernel saved: some save no bags and some no sizes
-    bag = torch.searchsorted(offsets, torch.arange(len(indices), device=offsets.device), right=True) - 1
-    used = (indices != op.padding_idx).to(h.dtype)
+    indices, bag, used = _places(op, h)
     wave = weight = None
     if op.needs[0]:
         slopes = _slopes(op, bag, used, h)
@@ -76,6 +73,39 @@ def embedding_bag(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     if len(op.needs) > 1 and op.needs[1]:
         weight = used * (h[bag] * op.weight[indices].square()).sum(1)
     return wave, weight
+
+
+@rule("EmbeddingBagBackward0", wave="shared")
+def embedding_bag_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """A row gets the waves of its bags times its slope there, and an entry's weight ⟨s_b, W[v]⟩, apart by sample."""
+    axis, n, rows = op.axes_out[0], op.n_samples, int(op.weight_sym_argsize_0)
+    if axis.dim > 0:
+        return {}
+    sample = labels(s.shape[1:], axis, n, s.device).expand(s.shape[1:])
+    shape, found = (len(s), n * rows, s.shape[2]), dict[int, PerSample]()
+    if op.mode == MAX:
+        full = (op.result2 != 0).unsqueeze(1)  # an empty bag has no maximum
+        places = sample * rows + op.result3 * full
+        table = s.new_zeros(shape).scatter_add_(1, places.expand(s.shape), s * full)
+        return {0: Dense(table.unflatten(1, (n, rows)))}
+    indices, bag, used = _places(op, s)
+    sample, waves = sample[bag, 0], s[:, bag]
+    if wanted[0]:
+        waves_of_rows = waves * _slopes(op, bag, used, s[0]).unsqueeze(1)
+        table = s.new_zeros(shape).index_add_(1, sample * rows + indices, waves_of_rows)
+        found[0] = Dense(table.unflatten(1, (n, rows)))
+    if len(wanted) > 1 and wanted[1]:
+        every = torch.arange(n, device=s.device).unsqueeze(1)
+        found[1] = Dense(torch.where(sample == every, (used * (waves * op.weight[indices]).sum(2)).unsqueeze(1), 0))
+    return found
+
+
+def _places(op: Operation, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every entry its row, its bag, and 1, or 0 if it is padding."""
+    indices, offsets = op.indices, op.offsets
+    # as the backward pass, it cannot rely on what the kernel saved: some save no bags and some no sizes
+    bag = torch.searchsorted(offsets, torch.arange(len(indices), device=offsets.device), right=True) - 1
+    return indices, bag, (indices != op.padding_idx).to(like.dtype)
 
 
 def _slopes(op: Operation, bag: Tensor, used: Tensor, h: Tensor) -> Tensor:

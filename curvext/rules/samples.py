@@ -213,12 +213,18 @@ def linear(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
     return [out[0], *[None] * (len(op.edges) - 1)]
 
 
-@rule("EmbeddingBackward0", "EmbeddingBagBackward0", wave="samples", how="structure")
-def embedding(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
-    """The weight is shared, unless features tell samples apart; so are the weights of entries, whose bags differ."""
+@rule("EmbeddingBackward0", wave="samples", how="structure")
+def embedding(op: Operation, out: Sequence[State], n: int) -> list[State]:
+    """The weight is shared, unless features tell samples apart."""
     axis = out[0]
     features = axis is not None and axis.dim == len(op.outputs[0].shape) - 1
-    return [Axis(1, axis.inner) if features else None, *[None] * (len(op.edges) - 1)]  # type: ignore[union-attr]
+    return [Axis(1, axis.inner) if features else None]  # type: ignore[union-attr]
+
+
+@rule("EmbeddingBagBackward0", wave="samples", how="structure")
+def embedding_bag(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
+    """As of an embedding; weights of entries hold the samples if bags are of one size, which the node tells."""
+    return [*embedding(op, out, n), *(probe(op, out, n)[1:] if any(op.needs[1:]) else [None] * (len(op.edges) - 1))]
 
 
 @rule(

@@ -85,6 +85,13 @@ def embedding_bag(d: Draw) -> Built:
 
 
 @case
+def embedding_bag_empty(d: Draw) -> Built:
+    """One bag is empty, and one is all padding."""
+    indices, offsets, mode = torch.tensor([0, 1, 0, 2, 2, 1]), torch.tensor([0, 2, 2, 3]), d.choice("max", "mean")
+    return lambda w: F.embedding_bag(indices, w, offsets, mode=mode, padding_idx=0), [d.tensor(3, 2).requires_grad_()]
+
+
+@case
 def embedding_bag_sparse(d: Draw) -> Built:
     options, mode = _bags(d, 3), d.choice("sum", "mean")
     return lambda w: F.embedding_bag(weight=2 * w, mode=mode, sparse=True, **options), [d.tensor(3, 2)]
