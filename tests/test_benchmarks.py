@@ -167,8 +167,6 @@ def optimizers():
     return importlib.import_module("optimizers")
 
 
-# RESTORED after another helper's mistaken checkout at 15:26, which lost uncommitted edits here: below, the middle of
-# test_optimizers and the start of test_characters are guesses; compare with what you had, and remove these two lines.
 def test_optimizers(optimizers, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(optimizers, "PAGE", tmp_path / "page.md")
     optimizers.PAGE.write_text("Before\n" + "\n".join(optimizers.MARKS))
