@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +10,15 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..operators.base import Operator
+from ..solvers import cg
+from .adaptive import adapted
 from .hodlr import HierarchicalOperator
 from .levels import pairs
 from .lowrank import low_rank, with_diagonal
 from .nested import columns, nested
-from .peel import Peeling, Source
+from .peel import Peeling, Source, reader
 from .tree import ClusterTree
-from .update import compressed, plus
+from .update import compressed
 
 PROBES = 16
 
@@ -31,6 +32,7 @@ def approximate(
     format: str = "hodlr",
     order: str | Tensor = "row",
     leaf: int | None = None,
+    shift: float | None = None,
     generator: torch.Generator | None = None,
 ) -> HierarchicalOperator:
     """A hierarchical approximation of a symmetric operator, from products alone.
@@ -47,20 +49,33 @@ def approximate(
             together.
         max_products: refused beyond; n if not given, as then the whole matrix could be had.
         format: ``"hodlr"``, by peeling; ``"nested"``, the same from one batch of max(leaf, 2R) + R + 10 products, for
-            rank R of whole rows off the diagonal; ``"lowrank"``, low rank and a diagonal; ``"auto"``, of all three the
-            one with the smallest error within ``max_bytes``, or without, the smallest one within ``tolerance``.
+            rank R of whole rows off the diagonal; ``"lowrank"``, low rank and a diagonal; ``"adaptive"``, every block
+            anywhere low rank, dense or split, from all entries in O(n³): the most accurate for its bytes, without
+            ``factor``; ``"auto"``, the one with the smallest error within ``max_bytes``, or without, the smallest one
+            within ``tolerance``. Adaptive is a candidate where entries can be read.
         order: of the tree, see :class:`ClusterTree`.
-        leaf: entries of a leaf; 32, or less where ``max_bytes`` are few.
+        leaf: entries of a leaf; 32 (adaptive 16), or less where ``max_bytes`` are few.
+        shift: for ``"auto"``, where ``result.factor(shift)`` is to precondition: of the formats that can be factored,
+            the one that takes the fewest steps of conjugate gradients on A + shift I, for a random right-hand side.
         generator: of random numbers.
+
+    Entries are those of a tensor, or ``operator.entries(rows, columns)`` of slices or indices, in the operator's order
+    (:class:`~curvext.operators.Readable`); others take n products.
 
     Source: Lin, Lu & Ying 2011; Martinsson 2016; Levitt & Martinsson 2022; Halko, Martinsson & Tropp 2011.
     """
     like = _like(operator)
     _check(operator, tolerance, max_bytes, format, like)
+    if shift is not None and format != "auto":
+        raise ValueError(f"HierarchicalOperator: shift is what format='auto' chooses by, not {format!r}")
     n = operator.shape[0]
-    tree = _tree(operator, leaf or _leaf(n, max_bytes, like.element_size()), order)
+    most = 16 if format == "adaptive" else 32
+    tree = _tree(operator, leaf or _leaf(n, most, max_bytes, like.element_size()), order)
     source = Source(operator, tree, like, n if max_products is None else max_products, generator)
-    result = (_best if format == "auto" else FORMATS[format])(source, tolerance, max_bytes)
+    if format == "auto":
+        result = _best(source, tolerance, max_bytes, shift)
+    else:
+        result = FORMATS[format](source, tolerance, max_bytes)
     result.products = source.products
     return _labelled(result, operator)
 
@@ -81,8 +96,8 @@ def _check(operator: Any, tolerance: float | None, max_bytes: int | None, format
         raise ValueError(f"HierarchicalOperator: tolerance={tolerance} in {like.dtype}: from {least} to below 1")
 
 
-def _leaf(n: int, max_bytes: int | None, size: int) -> int:
-    return 32 if max_bytes is None else min(32, max(2, max_bytes // (2 * n * size)))
+def _leaf(n: int, most: int, max_bytes: int | None, size: int) -> int:
+    return most if max_bytes is None else min(most, max(2, max_bytes // (2 * n * size)))
 
 
 def _tree(operator: Any, leaf: int, order: str | Tensor) -> ClusterTree:
@@ -146,13 +161,27 @@ def hodlr(source: Source, tolerance: float | None, max_bytes: int | None) -> Hie
     return _within(result, max_bytes, tolerance)
 
 
-def _dense(source: Source) -> HierarchicalOperator:
-    a = source(torch.eye(source.tree.size, dtype=source.like.dtype, device=source.like.device))
+def _entries(source: Source) -> Tensor:
+    """All of them, in the order of the tree."""
+    a = source.matrix()
+    if not bool(a.isfinite().all()):
+        raise CurvatureError("HierarchicalOperator: entries of the operator are not finite")
     if float((a - a.mT).norm()) > float(a.norm()) * (1e-7 if a.dtype == torch.float64 else 1e-3):
         raise CurvatureError("HierarchicalOperator: the operator is not symmetric. Take (A + A.T) / 2, or AᵀA")
-    result = HierarchicalOperator(source.tree, [], ((a + a.mT) / 2).unsqueeze(0))
+    return (a + a.mT) / 2
+
+
+def _dense(source: Source) -> HierarchicalOperator:
+    a = _entries(source)
+    result = HierarchicalOperator(source.tree, [], a.unsqueeze(0))
     result.error, result.scale = 0.0, float(a.norm())
     return result
+
+
+def adaptive(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
+    """Every block as what is cheapest."""
+    floats = None if max_bytes is None else max_bytes // source.like.element_size()
+    return _within(adapted(_entries(source), source.tree, tolerance, floats), max_bytes, tolerance)
 
 
 def _ranks(source: Source, max_bytes: int) -> int:
@@ -166,23 +195,31 @@ def _ranks(source: Source, max_bytes: int) -> int:
     return total
 
 
-def _tightened(source: Source, scale: float, tolerance: float) -> HierarchicalOperator:
-    inner, start = tolerance / 2, []  # type: tuple[float, list[Tensor]]
+def _tightened(
+    source: Source, scale: float, tolerance: float, near: HierarchicalOperator | None = None
+) -> HierarchicalOperator:
+    """Passes to ever smaller budgets, each from the directions of the last, the first from those of ``near``."""
+    inner, start = (0.5 * tolerance, []) if near is None else (0.4 * tolerance, _directions(near))
     for _ in range(8):
         result = _peeled(source, scale, inner, start, None)
         result.error = Probes(source).error(result)
         if result.error <= 0.9 * tolerance:
             return result
         inner *= min(0.7, 0.8 * tolerance / result.error)
-        start = [torch.linalg.qr(pairs(f, level)[:, 0])[0] for level, f in enumerate(result.levels, 1)]
+        start = _directions(result)
     raise CurvatureError(
         f"HierarchicalOperator: the error stays at {result.error:.1e}, above tolerance={tolerance}: are products with "
         "the operator as accurate, and the same every time?"
     )
 
 
+def _directions(result: HierarchicalOperator) -> list[Tensor]:
+    """Orthonormal, of every level's left children."""
+    return [torch.linalg.qr(pairs(f, level)[:, 0])[0] for level, f in enumerate(result.levels, 1)]
+
+
 def _peeled(source: Source, scale: float, inner: float, start: list[Tensor], cap: int | None) -> HierarchicalOperator:
-    peeling = Peeling(source, source, (inner * scale) ** 2, scale, cap, start=start)
+    peeling = Peeling(source, (inner * scale) ** 2, scale, cap, 4 if start else 8, start)
     result = peeling.run()
     result.sampled, result.scale = peeling.sampled, scale
     return result
@@ -241,21 +278,45 @@ def _sampled(
     return nested(source.tree, omega, y, rank), omega, y
 
 
-FORMATS = {"nested": nested_bases, "lowrank": lowrank, "hodlr": hodlr}
+FORMATS = {"lowrank": lowrank, "nested": nested_bases, "hodlr": hodlr, "adaptive": adaptive}
 
 
-def _best(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
-    """All formats, and of those that are possible the one with the least error, or the least bytes."""
+def _best(source: Source, tolerance: float | None, max_bytes: int | None, shift: float | None) -> HierarchicalOperator:
+    """All formats, and of those that are possible the one with the least error, the least bytes or the fewest steps."""
     results, refused, limit = [], [], source.limit
-    for name, build in FORMATS.items():
-        source.limit = limit if name == "hodlr" else limit // 2
+    for name in FORMATS:
+        if name == "adaptive" and (shift is not None or reader(source.operator) is None):
+            continue
+        source.limit = limit if name in ("hodlr", "adaptive") else limit // 2
         try:
-            results.append(build(source, tolerance, max_bytes))
+            results.append(FORMATS[name](source, tolerance, max_bytes))
         except CurvatureError as error:
             refused.append(f"{name}: {error}")
     if not results:
         raise CurvatureError("; ".join(refused))
+    if shift is not None:
+        return _fewest_steps(source, results, shift)
     return min(results, key=lambda r: r.bytes if max_bytes is None else r.error or 0.0)
+
+
+def _fewest_steps(source: Source, results: list[HierarchicalOperator], shift: float) -> HierarchicalOperator:
+    """With each as the preconditioner, up to the steps of the best so far; low rank without its diagonal as well.
+
+    A diagonal brings low rank nearer to A, and its small eigenvalues further from those of A + δI.
+    """
+    bare = [r.with_parts([], torch.zeros_like(r.leaves)) for r in results if r.basis.shape[1]]
+    b = source.tree.leave(source.normal(source.tree.size, 1)).squeeze(1)
+    best, least = results[0], source.tree.n
+    for result in bare + results:
+        solver = result.factor(shift, compensate=True)
+        steps = cg(source.operator, b, damping=shift, preconditioner=solver, tolerance=1e-6, steps=least).steps
+        source.products += steps
+        if steps < least:
+            best, least = result, steps
+    if best.error is None:
+        probes = Probes(source)
+        best.error, best.scale = probes.error(best), probes.scale
+    return best
 
 
 def correct(
@@ -268,15 +329,14 @@ def correct(
     """See :func:`curvext.hierarchical.update.refreshed`."""
     source = Source(operator, old.tree, old.leaves, max_products or old.tree.n, generator)
     probes = _begin(source)
-    result, inner = old.with_parts(old.levels, old.leaves), tolerance / 2
-    result.error, limit = probes.error(old), 1.25 * tolerance
-    while result.error > limit:
-        peeling = Peeling(source, _difference(source, result), (inner * probes.scale) ** 2, probes.scale)
-        result = compressed(plus(result, peeling.run(), 1.0, 1.0), tolerance=tolerance / 8)
-        result.error, limit, inner = Probes(source).error(result), tolerance, inner * 0.6
+    result = old.with_parts(old.levels, old.leaves)
+    result.error = probes.error(old)
+    if result.error > 1.25 * tolerance:
+        if len(old.levels) < old.tree.depth:
+            raise CurvatureError(
+                f"refreshed: the error is {result.error:.1e}, and only formats 'hodlr' and 'nested' can be brought up "
+                "to date; build it anew by HierarchicalOperator.from_operator"
+            )
+        result = _tightened(source, probes.scale, tolerance, old)
     result.products, result.scale = source.products, probes.scale
     return result
-
-
-def _difference(source: Source, result: HierarchicalOperator) -> Callable[[Tensor], Tensor]:
-    return lambda v: source(v) - result.inner(v)

@@ -118,8 +118,13 @@ def factorize(operator: HierarchicalOperator, shift: float, compensate: bool = F
             say so in ``added``. If A approximates a positive matrix, that is at most its error in spectral norm.
 
     Raises:
-        CurvatureError: without ``compensate``, where A + δI is not positive definite.
+        CurvatureError: without ``compensate``, where A + δI is not positive definite; and where A has ``blocks``.
     """
+    if operator.blocks:
+        raise CurvatureError(
+            "factor: blocks of format='adaptive' have no factor. Take inverse(shift), by conjugate gradients, or build "
+            "by format='auto', shift=..., from the operator, or from this, which takes none of its products"
+        )
     try:
         return Factorization(operator, shift)
     except CurvatureError:

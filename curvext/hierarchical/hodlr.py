@@ -11,6 +11,7 @@ from torch import Tensor
 from ..operators.base import Operator
 from ..operators.space import Space
 from ..operators.structured import Structured
+from .blocks import Blocks
 from .levels import times
 from .tree import ClusterTree
 
@@ -20,7 +21,8 @@ class HierarchicalOperator(Structured):
 
         A = Σₗ Σ_pairs [0, U Vᵀ; V Uᵀ, 0] + blockdiag(D) + B diag(c) Bᵀ
 
-    over the levels l of a :class:`ClusterTree`. Storage is Σₗ Rₗ + leaf + rank of B floats a row. Usually built by
+    over the levels l of a :class:`ClusterTree`, and blocks of any other nodes where ``format="adaptive"`` chose them.
+    Storage is Σₗ Rₗ + leaf + rank of B floats a row, and that of the blocks. Usually built by
     :meth:`from_operator`. Nothing is changed in place: updates return another operator.
 
     Ambikasaran & Darve 2013; construction from products: Lin, Lu & Ying 2011, Martinsson 2016.
@@ -31,6 +33,7 @@ class HierarchicalOperator(Structured):
         leaves: D ``[tree.size / m, m, m]``, symmetric.
         basis, values: B ``[tree.size, R]`` and c ``[R]``.
         space: the parameters that the entries belong to.
+        blocks: more blocks, anywhere; a result that has some has no :meth:`factor`.
 
     Attributes:
         error: ‖A - this‖ / ‖A‖ in Frobenius norm as estimated from products that the construction did not see (``None``
@@ -56,8 +59,9 @@ class HierarchicalOperator(Structured):
         basis: Tensor | None = None,
         values: Tensor | None = None,
         space: Space | None = None,
+        blocks: Sequence[Blocks] = (),
     ):
-        self.tree, self.levels, self.leaves = tree, list(levels), leaves
+        self.tree, self.levels, self.leaves, self.blocks = tree, list(levels), leaves, list(blocks)
         self.basis = leaves.new_zeros(tree.size, 0) if basis is None else basis
         self.values = self.basis.new_ones(self.basis.shape[1]) if values is None else values
         self._describe((tree.n, tree.n), leaves, space)
@@ -81,7 +85,7 @@ class HierarchicalOperator(Structured):
     def bytes(self) -> int:
         """What is stored."""
         tensors = (*self.levels, self.leaves, self.basis, self.values)
-        return sum(t.numel() for t in tensors) * self.leaves.element_size()
+        return sum(t.nbytes for t in tensors) + sum(b.bytes for b in self.blocks)
 
     def _apply(self, v: Tensor) -> Tensor:
         return self.tree.leave(self.inner(self.tree.enter(v)))
@@ -93,16 +97,22 @@ class HierarchicalOperator(Structured):
         for level, f in enumerate(self.levels, 1):
             if f.shape[1]:
                 out = out + times(f, level, v)
+        for more in self.blocks:
+            out = out + more.times(v)
         return out + self.basis @ (self.values.unsqueeze(1) * (self.basis.mT @ v)) if self.basis.shape[1] else out
 
     def diagonal(self) -> Tensor:
         """The diagonal's entries ``[n]``."""
         entries = self.leaves.diagonal(dim1=1, dim2=2).flatten() + self.basis.square() @ self.values
-        return self.tree.leave(entries.unsqueeze(1)).squeeze(1)
+        return self.tree.leave(entries.unsqueeze(1) + sum(b.diagonal() for b in self.blocks)).squeeze(1)
+
+    def trace(self) -> Tensor:
+        """tr A."""
+        return self.diagonal().sum()
 
     def with_parts(self, levels: Sequence[Tensor], leaves: Tensor) -> HierarchicalOperator:
         """The same with other levels and leaves."""
-        return HierarchicalOperator(self.tree, levels, leaves, self.basis, self.values, self.domain)
+        return HierarchicalOperator(self.tree, levels, leaves, self.basis, self.values, self.domain, self.blocks)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> HierarchicalOperator:
         """With its entries moved."""
@@ -111,7 +121,7 @@ class HierarchicalOperator(Structured):
             return t.to(device or self.device, dtype or self.dtype)
 
         parts = [move(f) for f in self.levels], move(self.leaves), move(self.basis), move(self.values)
-        return HierarchicalOperator(self.tree, *parts, self.domain)
+        return HierarchicalOperator(self.tree, *parts, self.domain, [b.to(move) for b in self.blocks])
 
     def compressed(
         self, tolerance: float | None = None, ranks: int | None = None, compensate: bool = False
@@ -149,5 +159,10 @@ class HierarchicalOperator(Structured):
         return factorize(self, shift, compensate)
 
     def inverse(self, damping: float = 0.0, solver: str | Callable[..., Any] = "", **options: Any) -> Operator:
-        """(A + δI)⁻¹, factored unless a solver is named; refused where A + δI is not positive definite."""
-        return super().inverse(damping, solver, **options) if solver else self.factor(damping)
+        """(A + δI)⁻¹, factored unless a solver is named (with ``blocks``: by conjugate gradients).
+
+        Refused where A + δI is not positive definite.
+        """
+        if solver or self.blocks:
+            return super().inverse(damping, solver or "cg", **options)
+        return self.factor(damping)

@@ -15,6 +15,14 @@ from .levels import composed, decomposed, pairs, rank_within, times
 from .tree import ClusterTree
 
 WIDTH = 64  # columns of one product
+STRIP = 256  # rows read at once
+
+
+def reader(operator: Any) -> Callable[[slice, slice], Tensor] | None:
+    """What gives the entries of some rows and columns, if anything does: ``operator.entries``."""
+    if isinstance(operator, Tensor):
+        return lambda rows, columns: operator[rows][:, columns]
+    return getattr(operator, "entries", None)
 
 
 @dataclass
@@ -41,6 +49,21 @@ class Source:
         out = [(self.operator @ part).detach() for part in v.split(WIDTH, 1)]
         return self.tree.enter(torch.cat(out, 1))
 
+    def matrix(self) -> Tensor:
+        """All entries in the order of the tree, ``[size, size]``: read where that can be, else by products."""
+        n, read = self.tree.n, reader(self.operator)
+        if read is None and n > self.limit:
+            raise CurvatureError(
+                f"all {n} x {n} entries are needed, and products with the operator limited to {self.limit}: allow n by "
+                "max_products, or give the operator entries(rows, columns)"
+            )
+        if read is None:
+            rows = self(self.tree.enter(torch.eye(n, dtype=self.like.dtype, device=self.like.device)))
+        else:
+            strips = [read(slice(start, start + STRIP), slice(None)) for start in range(0, n, STRIP)]
+            rows = self.tree.enter(torch.cat(strips).detach())
+        return self.tree.enter(rows.mT)
+
     def normal(self, *shape: int) -> Tensor:
         """Gaussian entries."""
         draw = torch.randn(shape, generator=self.generator, dtype=self.like.dtype, device=_home(self))
@@ -56,7 +79,7 @@ class Peeling:
     """One pass over the levels.
 
     Args:
-        residual: products of what is to be approximated, ``[size, K]`` to ``[size, K]``.
+        source: what is to be approximated.
         budget: the squared Frobenius norm that may be missing.
         scale: the norm below which a direction is rounding.
         cap: the largest rank of a level.
@@ -67,7 +90,6 @@ class Peeling:
     """
 
     source: Source
-    residual: Callable[[Tensor], Tensor]
     budget: float
     scale: float
     cap: int | None = None
@@ -126,7 +148,7 @@ class Peeling:
         return pairs(self._left(both.reshape(-1, v.shape[-1])), level)[:, 1 - side]
 
     def _left(self, v: Tensor) -> Tensor:
-        out = self.residual(v)
+        out = self.source(v)
         for level, f in enumerate(self.levels, 1):
             out = out - times(f, level, v)
         return out
