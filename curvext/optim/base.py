@@ -34,6 +34,7 @@ class ClosureOptimizer(CheckedOptimizer):
     """
 
     second_order = True  # whether the optimizer takes a curvature_closure
+    damping: Any = None  # a rule, where there is one
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
         defaults = {"lr": 1.0, "weight_decay": 0.0, "maximize": False, **defaults}
@@ -44,6 +45,11 @@ class ClosureOptimizer(CheckedOptimizer):
     def carried(self) -> dict[str, Any]:
         """Numbers that belong to all groups, kept in the first."""
         return self.param_groups[0].setdefault("carried", {})  # type: ignore[no-any-return]
+
+    @property
+    def _strength(self) -> float:
+        """The damping of this step: what the last one has left, or where the rule begins."""
+        return self.carried.get("damping", getattr(self.damping, "first", 0.0))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, curvature_closure: Closure | None = None) -> Any:  # type: ignore[override]

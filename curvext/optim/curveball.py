@@ -55,7 +55,7 @@ class CurveBall(ClosureOptimizer):
     def _step(self, objective: Objective) -> Report:
         point = objective.point(products=objective.curvature_closure is None and "gauss_newton")
         curved, g = objective.curved(point), point.gradient
-        λ = self.carried.get("damping", getattr(self.damping, "first", 0.0))
+        λ = self._strength
         count = self.carried["steps"] = self.carried.get("steps", 0) + 1
         before, G = self.recall("z", objective), curved.curvature("gauss_newton")
         z, factors, κ = _update(G, g, λ, torch.zeros_like(g) if before is None else before)

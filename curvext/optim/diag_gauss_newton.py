@@ -52,7 +52,7 @@ class DiagGaussNewton(ClosureOptimizer):
     def _step(self, objective: Objective) -> Report:
         point = objective.point(products=objective.curvature_closure is None and "gauss_newton")
         curved, g = objective.curved(point), point.gradient
-        λ = self.carried.get("damping", getattr(self.damping, "first", 0.0))
+        λ = self._strength
         p, G = -self.diagonal(curved, λ) * g, curved.curvature("gauss_newton")
         κ = float(p.dot(G @ p))
         if self.rescale:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..solvers import Armijo, LevenbergMarquardt, Solution, cg
-from .base import ClosureOptimizer, Damping
+from .base import Damping
+from .krylov import KrylovOptimizer
+from .lagged import Lagged
 from .objective import Objective
 from .point import Point, Products
-from .precondition import Preconditioner
-from .precondition import preconditioner as by_name
+from .precondition import Preconditioner, by_name
 from .search import Found, LineSearch, Report
 from .stored import StoredGaussNewton
 
 
-class GaussNewtonCG(ClosureOptimizer):
+class GaussNewtonCG(KrylovOptimizer):
     """θ ← θ + α lr d, with (G + λ I) d ≈ -∇f by conjugate gradients, G the Gauss-Newton matrix of some of the data.
 
         optimizer = GaussNewtonCG(model.parameters(), weight_decay=1 / C)
@@ -60,7 +61,7 @@ class GaussNewtonCG(ClosureOptimizer):
         steps: int = 250,
         tolerance: float = 0.1,
         damping: Damping | None = None,
-        preconditioner: str | Preconditioner | None = None,
+        preconditioner: str | Preconditioner | Lagged | None = None,
         line_search: LineSearch | None = Armijo(),  # noqa: B008
         jacobian: str = "products",
         max_memory: int = 1 << 30,
@@ -79,12 +80,8 @@ class GaussNewtonCG(ClosureOptimizer):
     def _step(self, objective: Objective) -> Report:
         point = objective.point(products=objective.curvature_closure is None and "gauss_newton")
         curved, g = objective.curved(point), point.gradient
-        λ = self.carried.get("damping", getattr(self.damping, "first", 0.0))
-        M = None if self.preconditioner is None else self.preconditioner(curved, λ)
-        G = self._matrix(curved)
-        solution = cg(G, -g, damping=λ, preconditioner=M, tolerance=self.tolerance, steps=self.steps)
-        if solution.reason == "preconditioner not positive definite":
-            raise CurvatureError(f"GaussNewtonCG: the preconditioner {self.preconditioner} is not positive definite")
+        λ, G = self._strength, self._matrix(curved)
+        solution, said = self._solved(cg, G, -g, curved, λ, tolerance=self.tolerance, steps=self.steps)
         d, α = solution.x, objective.lr
         κ = α**2 * undamped(solution, g, λ) if isinstance(α, float) else float((α * d).dot(G @ (α * d)))
         name = f"Gauss-Newton ({solution.reason})"
@@ -92,7 +89,7 @@ class GaussNewtonCG(ClosureOptimizer):
         ratio = found.ratio(point, float(g.dot(α * d)), κ) if found.name == name else -torch.inf
         self._damp(λ, ratio, found, solution.steps)
         details = {"damping": λ, "ratio": ratio, "curvature": κ, "solver": solution.reason,
-                   "jacobian": "stored" if isinstance(G, StoredGaussNewton) else "products"}  # fmt: skip
+                   "jacobian": "stored" if isinstance(G, StoredGaussNewton) else "products", **said}  # fmt: skip
         return found.report(point, curved.products, **details)
 
     def _matrix(self, curved: Point) -> Products | StoredGaussNewton:

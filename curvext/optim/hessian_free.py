@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CurvatureError
 from ..solvers import Armijo, LevenbergMarquardt, Martens, Solution, backtrack, cg, reduction_ratio
-from .base import ClosureOptimizer, Damping
+from .base import Damping
+from .krylov import KrylovOptimizer
+from .lagged import Lagged
 from .objective import Objective
 from .point import Point, Products
-from .precondition import Preconditioner
-from .precondition import preconditioner as by_name
+from .precondition import Preconditioner, by_name
 from .search import LineSearch, Report
 
 
-class HessianFree(ClosureOptimizer):
+class HessianFree(KrylovOptimizer):
     """θ ← θ + α lr s, with s on the way of conjugate gradients to (G + λ I) s = -∇f.
 
         optimizer = HessianFree(model.parameters(), preconditioner="fisher")
@@ -67,7 +68,7 @@ class HessianFree(ClosureOptimizer):
         backtracking: bool = True,
         damping: Damping = LevenbergMarquardt(guard=False),  # noqa: B008
         warm_ratio: bool = False,
-        preconditioner: str | Preconditioner | None = None,
+        preconditioner: str | Preconditioner | Lagged | None = None,
         blocks: str | None = None,
         line_search: LineSearch | None = Armijo(c=1e-2, shrink=0.8, trials=20),  # noqa: B008
         weight_decay: float = 0.0,
@@ -92,10 +93,10 @@ class HessianFree(ClosureOptimizer):
         curved, g = objective.curved(point), point.gradient
         if not bool(g.any()):
             return objective.stay(point, "the gradient is zero").report(point)
-        λ = self.carried.get("damping", getattr(self.damping, "first", 0.0))
+        λ = self._strength
         before = self.recall("solution", objective) if self.decay else None
         x0 = None if before is None else self.decay * before
-        solution = self._solve(curved, objective, g, λ, x0)
+        solution, said = self._solve(curved, objective, g, λ, x0)
         self.remember("solution", solution.x, objective)
         s, value = solution.x, float(objective.value(solution.x))
         ratio = self._ratio(objective, point, solution, value, x0 if self.warm_ratio else None)
@@ -103,20 +104,17 @@ class HessianFree(ClosureOptimizer):
             s, _, _ = backtrack(_once(objective, solution.x, value), _nonzero(solution.iterates))
         found = objective.search(point, self.line_search, {f"CG ({solution.reason})": s, "steepest descent": -g})
         self.carried["damping"] = self.damping(λ, ratio)
-        details = {"damping": λ, "ratio": ratio, "steps": solution.steps, "solver": solution.reason}
+        details = {"damping": λ, "ratio": ratio, "solver": solution.reason, **said}
         return found.report(point, curved.products, **details)
 
-    def _solve(self, curved: Point, objective: Objective, g: Tensor, λ: float, x0: Tensor | None) -> Solution:
-        M = None if self.preconditioner is None else self.preconditioner(curved, λ)
-        A: Any = curved.curvature(self.curvature)
-        options: dict[str, Any] = {"damping": λ, "tolerance": self.tolerance, "stop": self.stop, "steps": self.steps,
-                                   "negative": self.negative, "store": 1.3}  # fmt: skip
-        if self.blocks:
-            return _blockwise(A, -g, x0, self._parts(objective), options)
-        solution = cg(A, -g, x0=x0, preconditioner=M, **options)
-        if solution.reason == "preconditioner not positive definite":
-            raise CurvatureError(f"HessianFree: the preconditioner {self.preconditioner} is not positive definite")
-        return solution
+    def _solve(
+        self, curved: Point, objective: Objective, g: Tensor, λ: float, x0: Tensor | None
+    ) -> tuple[Solution, dict[str, Any]]:
+        A = curved.curvature(self.curvature)
+        options = {"tolerance": self.tolerance, "stop": self.stop, "steps": self.steps, "negative": self.negative,
+                   "store": 1.3}  # fmt: skip
+        solver = cg if not self.blocks else partial(_blockwise, parts=self._parts(objective))
+        return self._solved(solver, A, -g, curved, λ, x0=x0, **options)
 
     @staticmethod
     def _ratio(objective: Objective, point: Point, solution: Solution, value: float, x0: Tensor | None) -> float:
@@ -163,7 +161,7 @@ class _Block:
         return (self.whole @ full)[self.places]
 
 
-def _blockwise(A: Products, b: Tensor, x0: Tensor | None, parts: Sequence[Tensor], options: dict[str, Any]) -> Solution:
+def _blockwise(A: Products, b: Tensor, x0: Tensor | None, parts: Sequence[Tensor], **options: Any) -> Solution:
     """CG on every diagonal block, put together; iterates where all of them have one or have ended."""
     solved = [cg(_Block(A, at), b[at], x0=None if x0 is None else x0[at], **options) for at in parts]
 

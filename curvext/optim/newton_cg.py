@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CurvatureError
-from ..solvers import Armijo, Solution, cg
-from .base import ClosureOptimizer, Damping
+from ..solvers import Armijo, Solution, cg, minres
+from .base import Damping
+from .krylov import KrylovOptimizer
+from .lagged import Lagged
 from .objective import Objective
-from .point import Point, Products
-from .precondition import Preconditioner, preconditioner
+from .point import Products
+from .precondition import Preconditioner, by_name
 from .search import LineSearch, Report
 
 
-class NewtonCG(ClosureOptimizer):
+class NewtonCG(KrylovOptimizer):
     """θ ← θ + α lr p, with (A + δ I) p ≈ -∇f by conjugate gradients, A the Hessian or the Gauss-Newton matrix.
 
-        optimizer = NewtonCG(model.parameters(), curvature="gauss_newton")
-        loss = optimizer.step(lambda: ((z := model(x)), y)[::-1])
+        optimizer = NewtonCG(model.parameters())
+        loss = optimizer.step(lambda: loss_fn(model(x), y))
 
     CG ends with ‖A p + ∇f‖ <= min(½, √‖∇f‖) ‖∇f‖, which makes convergence superlinear, or where it meets negative
     curvature: with the iterate before that, or along -∇f at its first step. It therefore never goes up, and it stays at
@@ -32,13 +33,17 @@ class NewtonCG(ClosureOptimizer):
         curvature: ``"hessian"``, or ``"gauss_newton"`` for closures that return ``(loss, outputs)``.
         steps: of CG, at most; one product each.
         tolerance: ‖A p + ∇f‖ / ‖∇f‖ in place of the rule above.
-        negative: ``"stop"`` at negative curvature as above, or go on with its ``"absolute"`` value.
+        solver: ``"cg"``; or ``"minres"``, for Hessians that are far from positive definite: where it meets negative
+            curvature, it ends and goes on along that, as far as the curvature's size says (Liu & Roosta).
+        negative: ``"stop"`` at negative curvature as above, or go on with its ``"absolute"`` value (CG).
         damping: a rule for δ, as ``LevenbergMarquardt()`` or ``Constant(1e-3)``, for one product more a step; the ratio
             is that of the undamped model.
-        preconditioner: a name ("hesscale", "fisher", "kflr", ...) or an object of :mod:`curvext.optim.precondition`.
+        preconditioner: a name ("hesscale", "fisher", "kflr", ...) or an object of :mod:`curvext.optim.precondition`;
+            computed at every step, unless it is :class:`~curvext.optim.Lagged`.
         line_search: ``Armijo()``, ``StrongWolfe()``; ``None`` for α = 1 if that is lower, else no step.
 
-    Source: Nocedal and Wright, Numerical Optimization, algorithm 7.1.
+    Sources: Nocedal and Wright, Numerical Optimization, algorithm 7.1; Liu and Roosta 2022, A Newton-MR algorithm with
+    complexity guarantees (MINRES).
     """
 
     def __init__(
@@ -49,9 +54,10 @@ class NewtonCG(ClosureOptimizer):
         curvature: str = "hessian",
         steps: int = 250,
         tolerance: float | None = None,
+        solver: str = "cg",
         negative: str = "stop",
         damping: Damping | None = None,
-        preconditioner: str | Preconditioner | None = None,
+        preconditioner: str | Preconditioner | Lagged | None = None,
         line_search: LineSearch | None = Armijo(),  # noqa: B008
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -59,43 +65,32 @@ class NewtonCG(ClosureOptimizer):
         if curvature not in ("hessian", "gauss_newton") or negative not in ("stop", "absolute"):
             raise ValueError(f"NewtonCG: curvature={curvature!r}, negative={negative!r}: 'hessian' or 'gauss_newton', "
                              "and 'stop' or 'absolute'")  # fmt: skip
+        if solver not in ("cg", "minres") or (solver == "minres" and negative != "stop"):
+            raise ValueError(f"NewtonCG: solver={solver!r}: 'cg', or 'minres' with negative='stop'")
         if steps < 1 or not (tolerance is None or 0 <= tolerance < 1):
             raise ValueError(f"NewtonCG: steps={steps} >= 1 and 0 <= tolerance={tolerance} < 1 are needed")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
-        self.curvature, self.steps, self.tolerance, self.negative = curvature, steps, tolerance, negative
-        self.damping, self.preconditioner, self.line_search = damping, _preconditioner(preconditioner), line_search
+        self.curvature, self.solver, self.steps, self.negative = curvature, solver, steps, negative
+        self.tolerance, self.damping, self.line_search = tolerance, damping, line_search
+        self.preconditioner = by_name(preconditioner)
 
     def _step(self, objective: Objective) -> Report:
         point = objective.point(products=objective.curvature_closure is None and self.curvature)
         curved = objective.curved(point)
-        A, g = curved.curvature(self.curvature), point.gradient
-        δ = self.carried.get("damping", getattr(self.damping, "first", 0.0))
-        solution = self._solve(A, curved, g, δ)
-        name, p = direction(solution, g)
+        A, g, δ = curved.curvature(self.curvature), point.gradient, self._strength
+        superlinear = min(0.5, math.sqrt(float(torch.linalg.vector_norm(g))))
+        tolerance = superlinear if self.tolerance is None else self.tolerance
+        options = {"tolerance": tolerance, "steps": self.steps, "negative": self.negative}
+        solution, said = self._solved(cg if self.solver == "cg" else minres, A, -g, curved, δ, **options)
+        name, p = direction(solution, g, self.solver == "minres")
         slope, κ = self._model(A, objective.lr * p, g)
         found = objective.search(point, self.line_search, {name: p, "steepest descent": -g})
-        details = {"damping": δ, "solver": solution.reason}
+        details = {"damping": δ, "solver": solution.reason, **said}
         if self.damping is not None:
             ratio = found.ratio(point, slope, κ) if found.name == name else -math.inf
             details["ratio"] = ratio
             self._damp(δ, ratio, found.step.size, solution.products)
         return found.report(point, curved.products, **details)
-
-    def _solve(self, A: Products, curved: Point, g: Tensor, δ: float) -> Solution:
-        M = None if self.preconditioner is None else self.preconditioner(curved, δ)
-        tolerance = min(0.5, math.sqrt(float(torch.linalg.vector_norm(g))))
-        solution = cg(
-            A,
-            -g,
-            damping=δ,
-            preconditioner=M,
-            tolerance=tolerance if self.tolerance is None else self.tolerance,
-            steps=self.steps,
-            negative=self.negative,
-        )
-        if solution.reason == "preconditioner not positive definite":
-            raise CurvatureError(f"NewtonCG: the preconditioner {self.preconditioner} is not positive definite")
-        return solution
 
     def _model(self, A: Products, d: Tensor, g: Tensor) -> tuple[float, float]:
         """gᵀd and dᵀA d, where the damping rule needs them."""
@@ -108,12 +103,9 @@ class NewtonCG(ClosureOptimizer):
         self.carried["damping"] = self.damping(δ, ratio, step=size, short=short)
 
 
-def direction(solution: Solution, g: Tensor) -> tuple[str, Tensor]:
-    """Where CG ended; or where it began, if there was no positive curvature there."""
-    if bool(solution.x.any()):
-        return f"Newton ({solution.reason})", solution.x
-    met = solution.direction is not None
-    return ("negative curvature", solution.direction) if met else ("steepest descent", -g)  # type: ignore[return-value]
-
-
-_preconditioner = preconditioner
+def direction(solution: Solution, g: Tensor, always: bool) -> tuple[str, Tensor]:
+    """Where the solver ended, and from there along negative curvature; not ``always``: if it has got nowhere."""
+    x, d = solution.x, solution.direction
+    if d is not None and (always or not bool(x.any())):
+        return "negative curvature", x + d
+    return (f"Newton ({solution.reason})", x) if bool(x.any()) else ("steepest descent", -g)

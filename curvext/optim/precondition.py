@@ -1,11 +1,13 @@
-"""Preconditioners for CG: objects called as ``preconditioner(point, damping)``, that return M near (A + δ I)⁻¹.
+"""Preconditioners: objects called as ``preconditioner(point, damping)``, that return M near (A + δ I)⁻¹.
 
 M is what :func:`curvext.solvers.cg` takes: an operator, a matrix, or a diagonal ``[P]``; symmetric positive definite. A
-preconditioner changes how fast CG gets there, not where to. Your own may be any such callable.
+preconditioner changes how fast solvers get there, not where to. Your own may be any such callable; one that is to be
+kept for several steps (:class:`~curvext.optim.Lagged`) is an :class:`Approximation`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +15,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hierarchical.build import PROBES, Probes
+from ..hierarchical.factor import Factorization
+from ..hierarchical.hodlr import HierarchicalOperator
+from ..hierarchical.peel import Source
+from ..hierarchical.tree import ClusterTree
 from ..kronecker import Block, Kronecker
 from ..operators.structured import BlockDiagonal, KroneckerBlock
 from ..quantities import KFAC, KFLR, BatchL2Grad, DiagGGNExact, DiagGGNMC, HesScale, SumGradSquared
+from .lagged import Lagged
+from .objective import Objective
 from .point import Point
 
 Preconditioner = Callable[[Point, float], Any]
 
 
+class Approximation(ABC):
+    """A preconditioner in two parts: Â near A, which costs passes over the data, and (Â + δ I)⁻¹, which costs none.
+
+    Â is made of tensors in lists and dicts, so that a ``state_dict()`` can hold it.
+    """
+
+    @abstractmethod
+    def approximate(self, point: Point, damping: float) -> Any:
+        """Â."""
+
+    @abstractmethod
+    def inverse(self, approximation: Any, objective: Objective, damping: float) -> Any:
+        """M."""
+
+    def drift(self, approximation: Any, point: Point) -> float | None:
+        """The error of Â here, over what it was where Â was computed; ``None``: it cannot be told."""
+        return None
+
+    def __call__(self, point: Point, damping: float) -> Any:
+        return self.inverse(self.approximate(point, damping), point.objective, damping)
+
+
 @dataclass(frozen=True)
-class DiagonalPreconditioner:
+class DiagonalPreconditioner(Approximation):
     """1 / (|d| + weight decay + δ)^``power``, d a diagonal that a quantity of ``extend`` leaves on parameters.
 
     Args:
@@ -35,17 +66,17 @@ class DiagonalPreconditioner:
     power: float = 1.0
     floor: float = 1e-3
 
-    def __call__(self, point: Point, damping: float) -> Tensor:
-        """M as a diagonal ``[P]``."""
-        d = self.diagonal(point) + point.objective.decay
-        floor = self.floor * d.mean()
-        shift = torch.clamp(floor, min=damping)
-        return torch.where(floor > 0, (d + shift) ** -self.power, torch.ones_like(d))
-
-    def diagonal(self, point: Point) -> Tensor:
+    def approximate(self, point: Point, damping: float) -> Tensor:
         """|d| ``[P]``."""
         found = point.quantities(self.quantity, generator=_fixed(point))
         return _flat(point, found[self.quantity.savefield]).abs()
+
+    def inverse(self, approximation: Tensor, objective: Objective, damping: float) -> Tensor:
+        """M as a diagonal ``[P]``."""
+        d = approximation + objective.decay
+        floor = self.floor * d.mean()
+        shift = torch.clamp(floor, min=damping)
+        return torch.where(floor > 0, (d + shift) ** -self.power, torch.ones_like(d))
 
 
 @dataclass(frozen=True)
@@ -64,7 +95,7 @@ class FisherPreconditioner(DiagonalPreconditioner):
     power: float = 0.75
     mean: bool = True
 
-    def diagonal(self, point: Point) -> Tensor:
+    def approximate(self, point: Point, damping: float) -> Tensor:
         """d ``[P]``."""
         found = point.quantities(self.quantity, BatchL2Grad())
         squares = _flat(point, found[self.quantity.savefield])
@@ -72,7 +103,7 @@ class FisherPreconditioner(DiagonalPreconditioner):
 
 
 @dataclass(frozen=True)
-class KroneckerPreconditioner:
+class KroneckerPreconditioner(Approximation):
     """(A ⊗ B + (weight decay + δ) I)⁻¹ for every parameter, from Kronecker factors of the Gauss-Newton matrix.
 
     Args:
@@ -85,17 +116,18 @@ class KroneckerPreconditioner:
     pi: bool = True
     floor: float = 1e-3
 
-    def __call__(self, point: Point, damping: float) -> BlockDiagonal:
-        """M as an operator."""
-        objective = point.objective
+    def approximate(self, point: Point, damping: float) -> list[list[Tensor]]:
+        """The factors of every parameter."""
         factors = point.quantities(self.quantity, generator=_fixed(point))[self.quantity.savefield]
+        parameters = enumerate(point.objective.parameters)
+        return [list(factors.get(str(i), [p.new_zeros(p.numel())])) for i, p in parameters]
+
+    def inverse(self, approximation: list[list[Tensor]], objective: Objective, damping: float) -> BlockDiagonal:
+        """M as an operator."""
         shifts = objective.split(objective.decay + damping + torch.zeros_like(objective.start))
-        blocks = []
-        for i, (p, shift) in enumerate(zip(objective.parameters, shifts, strict=True)):
-            found = factors.get(str(i), [p.new_zeros(p.numel())])
-            block = Kronecker(tuple(found), tuple(p.shape))  # type: ignore[arg-type]
-            blocks.append(KroneckerBlock(self._inverse(block, shift)))
-        return BlockDiagonal(blocks)
+        parts = zip(objective.parameters, approximation, shifts, strict=True)
+        blocks = [self._inverse(Kronecker(tuple(factors), tuple(p.shape)), shift) for p, factors, shift in parts]
+        return BlockDiagonal([KroneckerBlock(block) for block in blocks])
 
     def _inverse(self, block: Kronecker, shift: Tensor) -> Block:
         mean = block.trace() / block.shape[0]
@@ -103,7 +135,67 @@ class KroneckerPreconditioner:
         return block.inverse(torch.where(shift + mean > 0, shift, torch.ones_like(shift)), self.pi)
 
 
-NAMED: dict[str, Preconditioner] = {
+@dataclass(frozen=True)
+class HierarchicalPreconditioner(Approximation):
+    """(Â + δ I)⁻¹, Â a :class:`~curvext.operators.HierarchicalOperator` of the curvature, from products alone.
+
+    They are many (about 70 for 32 floats a parameter of low rank; hundreds for blocks), so keep Â for several steps by
+    :class:`~curvext.optim.Lagged`. Where Â + δ I is not positive definite, the least multiple of I is added that makes
+    it so.
+
+    Args:
+        tolerance: ‖A - Â‖ / ‖A‖ in Frobenius norm.
+        max_bytes: what Â may take; 32 floats a parameter, if neither is given.
+        format: ``"lowrank"``, low rank and a diagonal, which serves most networks; ``"hodlr"`` or ``"nested"``, blocks
+            off the diagonal, for parameters with places, such as fields; ``"auto"``, whichever is best, for the
+            products of all.
+        order: of parameters; ``"row"`` needs names (``model.named_parameters()``), else they are taken as they come.
+        curvature: ``"gauss_newton"``, whatever the optimizer's own matrix is, or ``"hessian"``.
+        max_products: refused beyond; P if not given, and at least 256.
+        floor: δ is at least this fraction of the mean size of Â's diagonal.
+    """
+
+    tolerance: float | None = None
+    max_bytes: int | None = None
+    format: str = "lowrank"
+    order: str | Tensor = "row"
+    curvature: str = "gauss_newton"
+    max_products: int | None = None
+    floor: float = 1e-3
+
+    def approximate(self, point: Point, damping: float) -> dict[str, Any]:
+        """What the operator is made of, and the error that later ones are compared with: 1 % or more."""
+        A, most = point.curvature(self.curvature), self.max_bytes
+        if self.tolerance is None and most is None:
+            most = 32 * A.shape[0] * point.theta.element_size()
+        found = HierarchicalOperator.from_operator(
+            A, self.tolerance, max_bytes=most, format=self.format, order=self.order, generator=_fixed(point),
+            max_products=self.max_products or max(A.shape[0], 256),
+        )  # fmt: skip
+        error = max(1e-2, self.tolerance or 0.0, found.error or 0.0)
+        return {"levels": found.levels, "leaves": found.leaves, "basis": found.basis, "values": found.values,
+                "leaf": found.tree.leaf, "error": error}  # fmt: skip
+
+    def _operator(self, approximation: Mapping[str, Any], objective: Objective) -> HierarchicalOperator:
+        space = len(objective.start) if objective.names is None else objective.names
+        tree = ClusterTree(space, approximation["leaf"], self.order)
+        parts = [approximation[name] for name in ("levels", "leaves", "basis", "values")]
+        return HierarchicalOperator(tree, *parts)
+
+    def inverse(self, approximation: Mapping[str, Any], objective: Objective, damping: float) -> Factorization:
+        """M as an operator."""
+        operator = self._operator(approximation, objective)
+        mean = float(operator.diagonal().abs().mean())
+        return operator.factor(max(damping, self.floor * mean) or 1.0, compensate=True)  # type: ignore[no-any-return]
+
+    def drift(self, approximation: Mapping[str, Any], point: Point) -> float:
+        """By 16 products."""
+        operator, A = self._operator(approximation, point.objective), point.curvature(self.curvature)
+        probes = Probes(Source(A, operator.tree, operator.leaves, PROBES, _fixed(point, 1)))
+        return probes.error(operator) / float(approximation["error"])
+
+
+NAMED: dict[str, Preconditioner | Lagged] = {
     "hesscale": DiagonalPreconditioner(HesScale()),
     "hesscale_gn": DiagonalPreconditioner(HesScale(gauss_newton=True)),
     "diag_ggn_exact": DiagonalPreconditioner(DiagGGNExact()),
@@ -111,11 +203,12 @@ NAMED: dict[str, Preconditioner] = {
     "fisher": FisherPreconditioner(),
     "kfac": KroneckerPreconditioner(KFAC()),
     "kflr": KroneckerPreconditioner(KFLR()),
+    "lowrank": Lagged(HierarchicalPreconditioner()),
 }
 
 
-def preconditioner(given: str | Preconditioner | None) -> Preconditioner | None:
-    """By name, or as it is."""
+def by_name(given: str | Preconditioner | Lagged | None) -> Preconditioner | Lagged | None:
+    """One of :data:`NAMED`, or what is given."""
     if isinstance(given, str) and given not in NAMED:
         raise ValueError(f"preconditioner={given!r}: one of {', '.join(NAMED)}, or a callable (point, damping) -> M")
     return NAMED[given] if isinstance(given, str) else given
@@ -127,6 +220,6 @@ def _flat(point: Point, found: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([found.get(str(i), torch.zeros_like(p)).flatten() for i, p in parameters]).to(point.theta)
 
 
-def _fixed(point: Point) -> torch.Generator:
+def _fixed(point: Point, seed: int = 0) -> torch.Generator:
     """The same draws at every step."""
-    return torch.Generator(point.theta.device).manual_seed(0)
+    return torch.Generator(point.theta.device).manual_seed(seed)

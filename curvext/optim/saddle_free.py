@@ -94,7 +94,7 @@ class SaddleFreeNewton(ClosureOptimizer):
     def _step(self, objective: Objective) -> Report:
         point = objective.point(products=objective.curvature_closure is None)
         curved, g = objective.curved(point), point.gradient
-        H, λ = curved.curvature(), self.carried.get("damping", getattr(self.damping, "first", 1.0))
+        H, λ = curved.curvature(), self._strength
         size = float(torch.linalg.vector_norm(g))
         escaped = self._escape(objective, point, H) if size <= self.stationary else None
         if escaped is not None or not size:

@@ -39,8 +39,9 @@ def minres(
             measured as (rᵀMr)^½.
         tolerance: of the residual relative to b's, and of ‖Ar‖ relative to ‖A‖ ‖r‖.
         steps: at most; 5 P if not given.
-        negative: ``"ignore"``, or ``"stop"`` where the residual r has rᵀM (A + δ I) M r <= 0 (to rounding), with the x
-            before that, for which bᵀx > 0 and xᵀ(A + δ I) x > 0 (it is zero at the first step), and ``direction`` Mr.
+        negative: ``"ignore"``, or ``"stop"`` where d = Mr has κ = dᵀ(A + δ I)d / rᵀMr <= 0 (to rounding), r the
+            residual, with the x before that, for which bᵀx > 0 and xᵀ(A + δ I)x > 0 (it is zero at the first step), and
+            ``direction`` d / |κ|, |κ| being a hundredth of the norm of M(A + δ I) at least.
 
     Sources: C. Paige and M. Saunders, Solution of sparse indefinite systems of linear equations, 1975; Y. Liu and
     F. Roosta, A Newton-MR algorithm with complexity guarantees, 2022 (negative curvature).
@@ -78,7 +79,7 @@ def minres(
             reason = "tolerance" if math.isfinite(phi) else "not finite"
             break
     products = len(residuals) - 1 + (reason in ("least squares", "negative curvature"))
-    direction = r if reason == "negative curvature" else None
+    direction = r / max(abs(cosine * gbar), 1e-2 * size) if reason == "negative curvature" else None
     residual = torch.tensor(residuals, dtype=b.dtype)
     return Solution(x, residual, reason == "tolerance", products, reason, direction=direction)
 

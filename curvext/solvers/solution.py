@@ -23,8 +23,8 @@ class Solution:
         products: products with the operator (and its adjoint), columns counted one by one.
         reason: why it stopped; for K columns, one text each.
         values: CG: ``[steps + 1]``, the quadratic model ½ xᵀAx - bᵀx of every iterate.
-        direction: CG, MINRES: where pᵀAp <= 0 was met, that p, with bᵀp > 0 where x was zero at the start; else
-            ``None``.
+        direction: CG, MINRES: where pᵀAp <= 0 was met, that p (MINRES: scaled), with bᵀp > 0 where x was zero at the
+            start; else ``None``.
         curvature: CG: pᵀAp / pᵀp of ``direction``.
         iterates: CG with ``store``: iterates by step, the last one among them.
     """
