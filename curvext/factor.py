@@ -62,8 +62,8 @@ def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tens
     if not any(wanted):
         return [None] * len(op.edges)
     rule = registry.find(op, "factor")
-    if rule is not None and not any(c is not None for c in s[1:]):
-        found = rule.function(op, s[0], wanted)
+    if rule is not None and (rule.outputs == "all" or not any(c is not None for c in s[1:])):
+        found = rule.function(op, s if rule.outputs == "all" else s[0], wanted)
         if found is not None:
             return [row if want else None for row, want in zip(found, wanted, strict=True)]
     given = [k for k, c in enumerate(s) if c is not None]
@@ -152,7 +152,9 @@ def part(op: Operation, s: Columns, wanted: Sequence[bool]) -> dict[int, PerSamp
     """What inputs that the samples share get from columns ``[V, *shape]`` of every sample's entries."""
     rule = registry.find(op, "shared")
     found: dict[int, PerSample] = {}
-    if rule is not None and not any(c is not None for c in s[1:]) and s[0] is not None:
+    if rule is not None and rule.outputs == "all":
+        found = dict(rule.function(op, s, wanted))
+    elif rule is not None and not any(c is not None for c in s[1:]) and s[0] is not None:
         found = dict(rule.function(op, s[0], wanted) or {})
     rest = [want and i not in found for i, want in enumerate(wanted)]
     return {**_parted(op, s, rest), **found} if any(rest) else found

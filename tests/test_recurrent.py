@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from curvext import CurvatureError, HesScale, extend, registry
+from curvext import KFLR, BatchGrad, CurvatureError, DiagGGNExact, HesScale, extend, factor, registry
 from curvext.diagonal import pass_diagonal, through
 from curvext.graph import Graph, Operation, edge_of
 from curvext.rules.recurrent import lstm_waves
 from curvext.sweep import Settings
-from curvext.testing import check_quantity
+from curvext.testing import check_columns, check_quantity
 
 from .reference import hessian
 from .stand_ins import aten
@@ -62,6 +62,56 @@ def test_fused_lstm_equals_its_steps(options):
         results.append(curvature.hesscale)
     assert results[0].keys() == tensors.keys()
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+@pytest.mark.parametrize("options", LSTMS.values(), ids=LSTMS)
+@pytest.mark.parametrize("of", ["outputs", "states", "both"])
+def test_columns_of_a_fused_lstm(options, of, monkeypatch):
+    """Samples part in it as in its steps in double precision, and no product is taken for one column alone."""
+    layer, x = nn.LSTM(3, 4, **options), torch.randn(5, 2, 3)
+    batch = 0 if layer.batch_first else 1
+    k, n = layer.num_layers * (1 + layer.bidirectional), x.shape[batch]
+    start = {name: torch.randn(k, n, 4) for name in "hc"}
+    quantities = BatchGrad(), DiagGGNExact(), KFLR()
+
+    def results(dtype):
+        tensors = {**dict(layer.to(dtype).named_parameters())}
+        tensors |= {name: value.to(dtype).requires_grad_() for name, value in start.items()}
+        y, last = layer(x.to(dtype), (tensors["h"], tensors["c"]))
+        terms = [] if of == "states" else [y.movedim(batch, 0)]
+        terms += [] if of == "outputs" else [s.movedim(1, 0) for s in last]
+        loss = torch.cat([term.flatten(1) for term in terms], 1).square().sum(1).sum()
+        assert ("MkldnnRnnLayerBackward0" in node_names(loss)) is (dtype == torch.float32)
+        with extend(tensors, *quantities) as curvature:
+            loss.backward()
+        return {field: {name: _double(value) for name, value in found.items()} for field, found in curvature.items()}
+
+    want = results(torch.float64)
+    mapped, seen = factor._mapped, []
+    monkeypatch.setattr(factor, "_mapped", lambda op, *args: (seen.append(op.name), mapped(op, *args))[1])
+    torch.testing.assert_close(results(torch.float32), want, rtol=1e-3, atol=1e-4)
+    assert "MkldnnRnnLayerBackward0" not in seen
+
+
+def _double(value):
+    return [v.double() for v in value] if isinstance(value, list) else value.double()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rules_of_a_fused_lstm(reverse):
+    """Each against the node, wherever its outputs may hold samples."""
+    layer, tensors = nn.LSTM(3, 2), [torch.randn(4, 2, 3), *torch.randn(2, 1, 2, 2)]
+    tensors = [t.requires_grad_() for t in (*tensors, *layer.parameters())]
+
+    def outputs(x, h, c, *weights):
+        y, last_h, last_c, _ = torch.ops.aten.mkldnn_rnn_layer(
+            x, *weights, h[0], c[0], reverse, [], 2, 2, 1, True, False, False, True
+        )
+        return y, last_h, last_c
+
+    checked = check_columns(outputs, *tensors, rtol=1e-3, atol=1e-4)
+    assert {("MkldnnRnnLayerBackward0", wave) for wave in ("samples", "factor", "shared")} <= checked
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "weight_ih_l0 bias_hh_l0"])

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from ..errors import CurvatureError
 from ..graph import Operation
+from ..persample import Dense, Outer, PerSample
 from ..registry import rule
+from ..samples import BATCH, Axis, front
 from .structure import decomposed
 
 Waves = Sequence[Tensor | None]
@@ -32,21 +34,22 @@ Pair = Sequence[Tensor]  # what arrives at h_t and at c_t
 @rule("MkldnnRnnLayerBackward0", how="decomposed", outputs="all", coincident=True)
 def lstm_layer(op: Operation, g: Waves | None, h: Waves | None) -> Waves:
     """One direction of one layer of an LSTM (CPU, float32), time step by time step."""
-    biases = [op.weight2, op.weight3] if op.has_biases else []
-    tensors = [op.input, op.weight0, op.weight1, *biases]
-    return lstm_waves(tensors, (op.hx_, op.cx_), op.result0, op.reverse, g, h)
+    return lstm_waves(_tensors(op), (op.hx_, op.cx_), op.result0, op.reverse, g, h)
+
+
+def _tensors(op: Operation) -> list[Tensor]:
+    return [op.input, op.weight0, op.weight1, *([op.weight2, op.weight3] if op.has_biases else [])]
 
 
 def lstm_waves(
     tensors: Sequence[Tensor], state: Pair, y: Tensor, reverse: bool, g: Waves | None, h: Waves | None
 ) -> Waves:
     """From the waves of all outputs y [T,N,O], last h and last c to those of x [T,N,I], weights, biases and state."""
-    x, w_x, w_h, *biases = tensors
+    _, w_x, w_h, *biases = tensors
     (g_y, *at_g), (h_y, *at_h) = (_dense(waves, (y, *state)) for waves in (g, h))
     if reverse:
-        x, y, g_y, h_y = (v.flip(0) for v in (x, y, g_y, h_y))
-    before = torch.cat((state[0].unsqueeze(0), y[:-1]))
-    steps = LstmSteps(sum(biases, start=F.linear(x, w_x) + F.linear(before, w_h)), state[1])
+        g_y, h_y = g_y.flip(0), h_y.flip(0)
+    x, before, steps = _steps(tensors, state, y, reverse)
     square, gates = w_h.square(), []
     for t in reversed(range(len(x))):
         a_g, a_h, c_g, c_h = steps.back(t, (at_g[0] + g_y[t], at_g[1]) if g else None, (at_h[0] + h_y[t], at_h[1]))
@@ -57,6 +60,56 @@ def lstm_waves(
     h_b = flat.sum(1) if biases else None
     weights = (flat @ v.flatten(0, 1).square() for v in (x, before))
     return [h_x.flip(0) if reverse else h_x, *weights, h_b, h_b, *at_h]
+
+
+def _steps(tensors: Sequence[Tensor], state: Pair, y: Tensor, reverse: bool) -> tuple[Tensor, Tensor, LstmSteps]:
+    """x, h before every step, and the steps, in the order in which they were carried out."""
+    x, w_x, w_h, *biases = tensors
+    x, y = (x.flip(0), y.flip(0)) if reverse else (x, y)
+    before = torch.cat((state[0].unsqueeze(0), y[:-1]))
+    return x, before, LstmSteps(sum(biases, start=F.linear(x, w_x) + F.linear(before, w_h)), state[1])
+
+
+@rule("MkldnnRnnLayerBackward0", wave="factor", outputs="all")
+def lstm_layer_factor(op: Operation, s: Waves, wanted: Sequence[bool]) -> Waves | None:
+    """Columns of all gates, step by step, then of x and of the first state; of weights it is left to the node."""
+    if any(wanted[1:5]):
+        return None
+    gates, at, *_ = _gates(op, s)
+    s_x = gates @ op.weight0
+    return [s_x.flip(1) if op.reverse else s_x, *[None] * 4, *at]
+
+
+@rule("MkldnnRnnLayerBackward0", wave="shared", outputs="all")
+def lstm_layer_shared(op: Operation, s: Waves, wanted: Sequence[bool]) -> dict[int, PerSample]:
+    """Weights are those of linear maps at every step: of x, and of the state before."""
+    axis, n = next(a for a in op.axes_out if a is not None), op.n_samples
+    if axis is not BATCH:
+        if any(a is not None and a != Axis(1 if k == 0 else 0, axis.inner) for k, a in enumerate(op.axes_out)):
+            return {}
+        axis = Axis(1, axis.inner)
+    gates, _, x, before = _gates(op, s)
+    waves = front(gates, axis, n, 1).flatten(2, 3).unsqueeze(2)  # V N 1 T 4·O
+    found: dict[int, PerSample] = {}
+    for i, seen_by in ((1, x), (2, before)):
+        if wanted[i]:
+            found[i] = Outer(waves, front(seen_by, axis, n).flatten(1, 2).unsqueeze(1), tuple(op.inputs[i].shape))
+    return {**found, **{i: Dense(waves.sum((2, 3))) for i in (3, 4) if wanted[i]}}
+
+
+def _gates(op: Operation, s: Waves) -> tuple[Tensor, Pair, Tensor, Tensor]:
+    """Columns of the gates ``[V, T, N, 4·O]`` and of the first state; x and h before, all in the order of the steps."""
+    x, before, steps = _steps(_tensors(op), (op.hx_, op.cx_), op.result0, op.reverse)
+    v = len(next(c for c in s if c is not None))
+    s_y, at_h, at_c = (
+        before.new_zeros(v, *meta.shape) if c is None else c for c, meta in zip(s, op.outputs, strict=False)
+    )
+    s_y, gates = s_y.flip(1) if op.reverse else s_y, []
+    for t in reversed(range(len(x))):
+        of_gates, at_c = steps.pull(t, (at_h + s_y[:, t], at_c))
+        gates.append(of_gates)
+        at_h = of_gates @ op.weight1
+    return torch.stack(gates[::-1], 1), (at_h, at_c), x, before
 
 
 class LstmSteps:
@@ -84,11 +137,19 @@ class LstmSteps:
             wave = self.gate_square[t] * _four(h_c, h[0])
             return None, wave.flatten(-2), None, self.forget_square[t] * h_c
         h_c = torch.addcmul(h_c, self.out_bend[t], g[0])
-        g_c = torch.addcmul(g[1], self.out[t], g[0])
-        g_gates = _four(g_c, g[0])
+        g_gates, g_c = self._arriving(t, g)
         wave = torch.addcmul(self.bend[t] * g_gates, self.gate_square[t], _four(h_c, h[0]))
         slope = self.gate[t] * g_gates
         return slope.flatten(-2), wave.flatten(-2), self.forget[t] * g_c, self.forget_square[t] * h_c
+
+    def pull(self, t: int, g: Pair) -> tuple[Tensor, Tensor]:
+        """The gradient, or columns ``[V, N, O]``, of the gates of step t and of c_(t-1), from those of h_t and c_t."""
+        g_gates, g_c = self._arriving(t, g)
+        return (self.gate[t] * g_gates).flatten(-2), self.forget[t] * g_c
+
+    def _arriving(self, t: int, g: Pair) -> tuple[Tensor, Tensor]:
+        g_c = torch.addcmul(g[1], self.out[t], g[0])
+        return _four(g_c, g[0]), g_c
 
 
 def _four(c: Tensor, h: Tensor) -> Tensor:

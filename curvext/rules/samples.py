@@ -243,6 +243,15 @@ def batch_norm(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
     return [out[0], *[None] * (len(op.edges) - 1)]
 
 
+@rule("MkldnnRnnLayerBackward0", wave="samples", how="structure")
+def lstm_layer(op: Operation, out: Sequence[State], n: int) -> Sequence[State]:
+    """Sequences are side by side: in the second dimension of y and of x, in the first of states."""
+    inner = next(axis for axis in out if axis is not None).inner
+    if any(axis not in (None, Axis(1 if k == 0 else 0, inner)) for k, axis in enumerate(out)):
+        return probe(op, out, n)
+    return [Axis(1, inner), *[None] * 4, Axis(0, inner), Axis(0, inner)]
+
+
 kept(
     *("ConvolutionBackward0", "ConvolutionOverrideableBackward0", "MkldnnConvolutionBackward0"),
     *("ConvDepthwise2DBackward0", "ConvDepthwise3DBackward0", "SlowConv2DBackward0", "SlowConv3DBackward0"),
