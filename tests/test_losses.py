@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from curvext import extend
-from curvext.errors import CurvatureError
+import curvext
+from curvext import KFAC, CurvatureError, DiagGGNExact, HesScale, Jacobian, SumGradSquared, extend
 
 from .reference import hessian
 
@@ -47,3 +48,36 @@ def test_chunked_loss_is_refused_and_its_gradient_kept():
     got, w.grad = w.grad, None
     F.cross_entropy(x @ w.T, t).backward()
     torch.testing.assert_close(got, w.grad)
+
+
+def test_ctc_has_no_gauss_newton_matrix(float64):
+    """It is not convex, and what the error names instead works."""
+    model, x, labels = nn.Linear(2, 3), torch.randn(4, 2, 2), torch.tensor([[1, 2], [2, 1]])
+
+    def loss(mark=lambda z: z):
+        return F.ctc_loss(mark(model(x)).log_softmax(2), labels, (4, 4), (2, 2))
+
+    z = model(x).detach()
+    spectrum = torch.linalg.eigvalsh(hessian_of_ctc(z, labels))
+    assert spectrum.min() < -0.01 < 0.01 < spectrum.max()
+    for quantity in (DiagGGNExact(), KFAC(), Jacobian()):
+        match = r"CTC loss is convex neither.*KFAC\(empirical=True\)"
+        with pytest.raises(CurvatureError, match=match), extend(model, quantity, samples=2):
+            loss().backward()
+    with extend(model, HesScale(), KFAC(empirical=True), SumGradSquared(), samples=2):
+        loss().backward()
+    with extend(model, Jacobian(), samples=2):
+        loss(curvext.output).backward()
+    assert model.weight.jacobian.shape == (12, 2, 3, 2)
+
+
+def hessian_of_ctc(z, labels):
+    """By differences of gradients: PyTorch cannot differentiate it twice."""
+
+    def gradient(z):
+        z = z.requires_grad_()
+        return torch.autograd.grad(F.ctc_loss(z.log_softmax(2), labels, (4, 4), (2, 2)), z)[0].flatten()
+
+    steps = 1e-5 * torch.eye(z.numel()).view(-1, *z.shape)
+    rows = torch.stack([gradient(z + step) - gradient(z - step) for step in steps]) / 2e-5
+    return (rows + rows.T) / 2

@@ -6,7 +6,7 @@ The incoming h is not zero where a loss is transformed further, as in ``loss ** 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,16 @@ def ctc(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     within = within & torch.isfinite(op.result0)  # nor, with zero_infinity, where no path exists
     bend = torch.where(within.unsqueeze(-1), g.unsqueeze(-1) * (slope + gamma.square()), 0)
     return bend if wave is None else wave + bend
+
+
+@rule("CtcLossBackward0", "CtcLossBackward1", wave="source", how="refused")
+def ctc_hessian(op: Operation, g: Sequence[Tensor | None]) -> NoReturn:
+    """-log P is a difference of convex functions, in log-probabilities and in logits: no Gauss-Newton matrix."""
+    raise CurvatureError(
+        "CTC loss is convex neither in log-probabilities nor in logits, so that there is no Gauss-Newton matrix. Use "
+        "HesScale(), whose diagonal needs none, or the samples' gradients: KFAC(empirical=True), SumGradSquared(); for "
+        "a Jacobian, mark the output: z = curvext.output(model(x))"
+    )
 
 
 @rule("CudnnCtcLossBackward0", "CudnnCtcLossBackward1", how="refused")
