@@ -10,7 +10,7 @@ from pytest import approx, fixture, mark, raises
 from torch import Tensor, nn
 
 from curvext import GGNFactor, extend
-from curvext.operators import FactoredGaussNewton, Space
+from curvext.operators import FactoredGaussNewton, HierarchicalOperator, Space
 from curvext.testing_operators import check_operator
 
 from .models import Attention, cnn, mlp
@@ -154,3 +154,20 @@ def test_nothing_holds_the_graph():
     tensors = [t for c in columns.values() for part in c.parts.values() for t in vars(part).values()]
     assert not any(t.requires_grad for t in tensors if isinstance(t, Tensor))
     pickle.dumps(model)
+
+
+@mark.parametrize("tolerance", [0.1, 1e-3, 1e-9])
+def test_hierarchical_blocks_need_no_more_passes(tolerance):
+    passes: list[int] = []
+    model, x = (
+        nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 7)),
+        torch.randn(40, 7),
+    )
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    operator = factored(model, F.mse_loss(model(x), x))
+    h = HierarchicalOperator.from_operator(operator, tolerance, leaf=8)
+    assert len(passes) == 1 and h.products % 16 == 0 and h.products <= 64
+    handle.remove()
+    dense = gauss_newton(lambda: model(x), lambda z: F.mse_loss(z, x), list(model.parameters()))
+    assert (h.to_dense() - dense).norm() <= 1.1 * tolerance * dense.norm()
+    assert h.tree.size > h.tree.n and h.tree.permutation is not None  # padded, and in an order of its own

@@ -60,7 +60,8 @@ def approximate(
         generator: of random numbers.
 
     Entries are those of a tensor, or ``operator.entries(rows, columns)`` of slices or indices, in the operator's order
-    (:class:`~curvext.operators.Readable`); others take n products.
+    (:class:`~curvext.operators.Readable`); others take n products. HODLR multiplies the blocks of a ``Readable`` one by
+    one: 2 × 16 products are all, and no level sees what others left out.
 
     Source: Lin, Lu & Ying 2011; Martinsson 2016; Levitt & Martinsson 2022; Halko, Martinsson & Tropp 2011.
     """

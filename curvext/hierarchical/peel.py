@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from ..operators.base import Readable
 from .hodlr import HierarchicalOperator
 from .levels import composed, decomposed, pairs, rank_within, times
 from .tree import ClusterTree
@@ -64,6 +65,27 @@ class Source:
             rows = self.tree.enter(torch.cat(strips).detach())
         return self.tree.enter(rows.mT)
 
+    @property
+    def places(self) -> Tensor:
+        """The operator's index of every row of the tree, and any where the padding is."""
+        return self.tree.enter(torch.arange(self.tree.n, device=self.like.device).unsqueeze(1)).squeeze(1)
+
+    @property
+    def real(self) -> Tensor:
+        """Zeros where the padding is, else ones."""
+        return (1 - self.tree.padding(self.like.device)).to(self.like.dtype)
+
+    def across(self, v: Tensor, level: int, side: int) -> Tensor:
+        """A level's blocks, by entries, times columns ``[pairs, n, K]`` on one side of every pair."""
+        places, real = pairs(self.places.unsqueeze(1), level).squeeze(3), pairs(self.real.unsqueeze(1), level)
+        found = self.operator.block_times(places[:, 1 - side], places[:, side], v * real[:, side])
+        return (found * real[:, 1 - side]).detach()
+
+    def within(self) -> Tensor:
+        """The leaves, by entries."""
+        places = self.places.view(-1, self.tree.leaf)
+        return self.operator.entries(places, places).detach()
+
     def normal(self, *shape: int) -> Tensor:
         """Gaussian entries."""
         draw = torch.randn(shape, generator=self.generator, dtype=self.like.dtype, device=_home(self))
@@ -100,6 +122,11 @@ class Peeling:
     sampled: list[int] = field(default_factory=list)
 
     @property
+    def direct(self) -> bool:
+        """Whether blocks are multiplied alone, so that nothing has to be peeled off and nothing leaks."""
+        return isinstance(self.source.operator, Readable)
+
+    @property
     def tree(self) -> ClusterTree:
         """Of the operator."""
         return self.source.tree
@@ -130,7 +157,8 @@ class Peeling:
         while True:
             y = self._on(self.source.normal(1 << (level - 1), n, self.batch), level, 1)
             y = _without(_without(y, q), q)
-            missing = float(y.double().square().sum()) / self.batch - min(self.leak, level * share)
+            missing = float(y.double().square().sum()) / self.batch
+            missing -= 0.0 if self.direct else min(self.leak, level * share)
             if missing <= share or q.shape[-1] == self.cap:
                 self.leak += max(missing, 0.0) / 2
                 return q
@@ -143,6 +171,8 @@ class Peeling:
 
     def _on(self, v: Tensor, level: int, side: int) -> Tensor:
         """What is left of A, times columns ``[pairs, n, K]`` on one side of every pair: the rows of the other side."""
+        if self.direct:
+            return self.source.across(v, level, side)
         both = torch.zeros_like(v.unsqueeze(1).expand(-1, 2, -1, -1), memory_format=torch.contiguous_format)
         both[:, side] = v
         return pairs(self._left(both.reshape(-1, v.shape[-1])), level)[:, 1 - side]
@@ -154,13 +184,17 @@ class Peeling:
         return out
 
     def _leaves(self) -> Tensor:
+        """Symmetric, and zero in the padding."""
+        leaves = self.source.within() if self.direct else self._peeled_leaves()
+        real = self.source.real.view(-1, self.tree.leaf, 1)
+        return (leaves + leaves.mT) / 2 * real * real.mT
+
+    def _peeled_leaves(self) -> Tensor:
         """Unit columns in all leaves at once; random signs keep what is missing elsewhere from adding up."""
         m = self.tree.leaf
         unit = torch.eye(m, dtype=self.source.like.dtype, device=self.source.like.device)
         signs = self.source.normal(self.tree.size // m, 1, 1).sign()
-        leaves = signs * self._left((signs * unit).reshape(-1, m)).reshape(-1, m, m)
-        real = (1 - self.tree.padding(unit.device)).to(unit.dtype).view(-1, m, 1)
-        return (leaves + leaves.mT) / 2 * real * real.mT
+        return signs * self._left((signs * unit).reshape(-1, m)).reshape(-1, m, m)
 
 
 def _without(y: Tensor, q: Tensor) -> Tensor:
