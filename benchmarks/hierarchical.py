@@ -31,9 +31,16 @@ import torch
 from problems import PROBLEMS, Problem, classifier, field
 from torch import Tensor
 
-from curvext import CurvatureError
+from curvext import CurvatureError, GGNFactor, extend
 from curvext.demo.report import cell, heading, progress, table
-from curvext.operators import GaussNewton, Hessian, HierarchicalOperator, Operator
+from curvext.operators import (
+    FactoredGaussNewton,
+    GaussNewton,
+    Hessian,
+    HierarchicalOperator,
+    KroneckerSum,
+    Operator,
+)
 from curvext.solvers import cg
 
 FLOATS = (16, 32, 64, 128)  # a row
@@ -70,18 +77,30 @@ class Case:
     stored: Stored
 
 
-Build = Callable[[Case, int], Any]  # within bytes: has ``@``, ``bytes``; to precondition, ``factor(shift, compensate)``
+# Within bytes; a shift says that ``factor(shift)`` is to precondition. The result has ``@`` and ``bytes``.
+Build = Callable[[Case, int, float | None], Any]
 
 
 def by_products(format: str, **options: Any) -> Build:
     """One of :class:`HierarchicalOperator`'s formats."""
 
-    def build(case: Case, max_bytes: int) -> HierarchicalOperator:
+    def build(case: Case, max_bytes: int, shift: float | None) -> HierarchicalOperator:
         limits = {"max_bytes": max_bytes, "max_products": 10 * case.stored.shape[0]}
+        chosen = options | ({"shift": shift} if format == "auto" else {})
         generator = torch.Generator().manual_seed(0)
-        return HierarchicalOperator.from_operator(case.stored, format=format, generator=generator, **limits, **options)
+        return HierarchicalOperator.from_operator(case.stored, format=format, generator=generator, **limits, **chosen)
 
     return build
+
+
+def kronecker_sum(case: Case, max_bytes: int, shift: float | None) -> KroneckerSum:
+    """Of the Gauss-Newton matrix, from its factor."""
+    if case.kind != "G":
+        raise CurvatureError("Kronecker sums are of Gauss-Newton matrices")
+    with extend(case.problem.model, GGNFactor()) as curvature:
+        case.problem.value().backward()
+    g = FactoredGaussNewton(curvature.ggn_factor, case.stored.domain)
+    return KroneckerSum.nearest(g, max_bytes, torch.Generator().manual_seed(0))
 
 
 FORMATS: dict[str, Build] = {
@@ -89,8 +108,11 @@ FORMATS: dict[str, Build] = {
     "HODLR": by_products("hodlr"),
     "HODLR, random order": by_products("hodlr", order="random"),
     "nested": by_products("nested"),
+    "adaptive": by_products("adaptive"),
+    "Kronecker sum": kronecker_sum,
     "auto": by_products("auto"),
 }
+FACTORED = [name for name in FORMATS if name not in ("adaptive", "Kronecker sum")]
 
 
 @contextmanager
@@ -101,34 +123,32 @@ def seconds(found: dict[str, Any], name: str) -> Iterator[None]:
     found[name] = time.process_time() - start
 
 
-def solve(a: Tensor, top: float, approximation: Any = None) -> dict[str, int]:
-    """Iterations at every damping; ``STEPS + 1`` where they are not enough."""
+def solve(a: Tensor, shift: float, approximation: Any = None) -> int:
+    """Iterations; ``STEPS + 1`` where they are not enough."""
     b = torch.randn(len(a), dtype=a.dtype, generator=torch.Generator().manual_seed(1))
-    found = {}
-    for damping in DAMPINGS:
-        shift = damping * top
-        inverse = None if approximation is None else approximation.factor(shift, compensate=True)
-        solution = cg(a, b, damping=shift, preconditioner=inverse, tolerance=1e-6, steps=STEPS)
-        found[f"{damping:g}"] = solution.steps if solution.converged else STEPS + 1
-    return found
+    inverse = None if approximation is None else approximation.factor(shift, compensate=True)
+    solution = cg(a, b, damping=shift, preconditioner=inverse, tolerance=1e-6, steps=STEPS)
+    return solution.steps if solution.converged else STEPS + 1
 
 
-def approximate(case: Case, build: Build, floats: int, top: float | None) -> dict[str, Any]:
+def approximate(case: Case, name: str, floats: int, top: float | None) -> dict[str, Any]:
     """One format in one memory; ``top``, the largest eigenvalue, if it is to precondition."""
     a = case.stored.matrix
+    build = partial(FORMATS[name], case, floats * len(a) * a.element_size())
     found: dict[str, Any] = {}
     try:
         with seconds(found, "seconds"):
-            approximation = build(case, floats * len(a) * a.element_size())
+            near = build(None)
+        found["products"] = getattr(near, "products", None)
+        found["floats"] = near.bytes / a.element_size() / len(a)
+        found["error"] = float((near.to_dense() - a).norm() / a.norm())
+        if top is not None and name in FACTORED:
+            shifts = {f"{damping:g}": damping * top for damping in DAMPINGS}
+            found["iterations"] = {
+                key: solve(a, shift, build(shift) if name == "auto" else near) for key, shift in shifts.items()
+            }
     except CurvatureError as error:
-        return {"refused": str(error)}
-    found["error"] = float((approximation.to_dense() - a).norm() / a.norm())
-    found |= {"floats": approximation.bytes / a.element_size() / len(a), "products": approximation.products}
-    if top is not None and hasattr(approximation, "factor"):
-        try:
-            found["iterations"] = solve(a, top, approximation)
-        except CurvatureError as error:
-            found["not inverted"] = str(error)
+        found["refused"] = str(error)
     return found
 
 
@@ -138,9 +158,9 @@ def measure(case: Case, args: Any, tick: Callable[[], object]) -> dict[str, Any]
     top = None
     if case.kind == "G":
         top = float(torch.linalg.eigvalsh(case.stored.matrix)[-1])
-        found["unpreconditioned"] = solve(case.stored.matrix, top)
+        found["unpreconditioned"] = {f"{damping:g}": solve(case.stored.matrix, damping * top) for damping in DAMPINGS}
     for name in args.formats:
-        memories = {str(k): approximate(case, FORMATS[name], k, top if k in SOLVED else None) for k in args.floats}
+        memories = {str(k): approximate(case, name, k, top if k in SOLVED else None) for k in args.floats}
         found["formats"][name] = memories
         tick()
     return found
@@ -253,7 +273,7 @@ def iterations(results: dict[str, Any], damping: str) -> Iterator[list[str]]:
     """A row a matrix: without, then with each format."""
     solved = [k for k in results["floats"] if k in SOLVED]
     for name, found in flattened(results["problems"], "G"):
-        rows = [[e.get("iterations", {}).get(damping) for e in entries(found, each, solved)] for each in FORMATS]
+        rows = [[e.get("iterations", {}).get(damping) for e in entries(found, each, solved)] for each in FACTORED]
         yield [name, _steps(found["unpreconditioned"][damping]), *best(rows, _steps)]
 
 
@@ -268,9 +288,13 @@ def spent(results: dict[str, Any]) -> Iterator[list[str]]:
         row = [name]
         for k in results["floats"]:
             known = [e for found in every for e in entries(found, name, [k]) if "error" in e]
-            values = [median(e[key] for e in known) if known else None for key in ("products", "seconds")]
-            row.append("{}, {}".format(*map(cell, values)))
+            row.append(", ".join(_median([e[key] for e in known]) for key in ("products", "seconds")))
         yield row
+
+
+def _median(values: list[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return cell(median(known)) if known else "-"
 
 
 def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
@@ -282,7 +306,7 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     solved = " / ".join(str(k) for k in results["floats"] if k in SOLVED)
     for damping in DAMPINGS:
         title = f"Iterations of conjugate gradients at λ = {damping:g} λ_max, {solved} floats a row"
-        yield title, ["G", "none", *FORMATS], list(iterations(results, f"{damping:g}"))
+        yield title, ["G", "none", *FACTORED], list(iterations(results, f"{damping:g}"))
     title = "Products spent and seconds of the construction, medians over all matrices, by floats a row"
     yield title, ["format", *map(str, results["floats"])], list(spent(results))
     if results["growth"]:
@@ -324,6 +348,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     growth = [grown(n) for n in args.sizes]
     results |= {"environment": common.environment(), "floats": args.floats, "growth": growth or results["growth"]}
+    common.write(args.output, results)
     makes = SMALL if args.quick else {name: PROBLEMS[name] for name in args.problems}
     with progress(4 * len(makes) * len(args.formats), "matrices") as bar:
         for name, make in makes.items():

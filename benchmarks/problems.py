@@ -1,6 +1,6 @@
 """Small models whose whole Hessian can be had, on real data: where approximations of it are compared.
 
-All in float64, with at most 2,500 parameters (but for larger fields) and 120 to 1,000 samples.
+All in float64, with at most 2,500 parameters (but for larger fields) and 40 to 1,000 samples.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def cnn() -> Problem:
 
 def transformer() -> Problem:
     """The next grey value along a row of a digit, by one block of ten features."""
-    values = ((digits(15)[0] + 1) * 8).long().view(-1, 8)
+    values = ((digits(5)[0] + 1) * 8).long().view(-1, 8)
     model = Transformer(17, features=10, heads=2, depth=1, length=7).double()
     return Problem(model, lambda z, y: F.cross_entropy(z.flatten(0, -2), y.flatten()), (values[:, :-1], values[:, 1:]))
 
