@@ -47,9 +47,8 @@ class Field:
 
 
 def blocks(n, **settings):
-    return HierarchicalPreconditioner(
-        max_bytes=8 * n * 32, format="hodlr", curvature="hessian", **{"floor": 0.0, **settings}
-    )
+    given = {"max_bytes": 8 * n * 32, "format": "hodlr", "curvature": "hessian", "floor": 0.0, **settings}
+    return HierarchicalPreconditioner(**given)
 
 
 def said(optimizer):
@@ -142,6 +141,15 @@ def test_hierarchical_preconditioner_by_definition(kind):
     error = (moved.curvature(kind).to_dense() - A).norm() / moved.curvature(kind).to_dense().norm()
     assert given.drift(approximation, point) < 1e-6
     assert given.drift(approximation, moved) * max(1e-2, approximation["error"]) == pytest.approx(float(error), rel=0.5)
+
+
+def test_the_format_with_the_fewest_iterations():
+    """Blocks, for a field, although low rank and a diagonal may have as many bytes."""
+    problem = Field(500)
+    with torch.no_grad():
+        point = Objective(NewtonCG([problem.p]), problem).point()
+    given = blocks(500, format="auto", max_products=2000)
+    assert given.approximate(point, 1e-3)["levels"]
 
 
 def test_what_is_not_positive_definite_is_made_so():

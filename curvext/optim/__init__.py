@@ -2,6 +2,7 @@
 
 from .adahesscale import AdaHesScale as AdaHesScale
 from .base import ClosureOptimizer as ClosureOptimizer
+from .batches import Subsample as Subsample
 from .curveball import CurveBall as CurveBall
 from .diag_gauss_newton import DiagGaussNewton as DiagGaussNewton
 from .gauss_newton_cg import GaussNewtonCG as GaussNewtonCG

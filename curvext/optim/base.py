@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from .batches import Subsample
 from .checked import CheckedOptimizer
 from .objective import Closure, Objective
 from .search import Report
@@ -25,6 +28,9 @@ class ClosureOptimizer(CheckedOptimizer):
     a group's parameters are moved by. After a step, :attr:`report` says what it did. A step that finds nothing lower
     leaves the parameters as they were, bit by bit, and so does one that raises.
 
+    ``curvature_batch=Subsample(...)`` takes the curvature from some of the data at a time: then the closure takes the
+    rows to use, ``closure(rows=slice(None))``.
+
     ``lr`` and ``weight_decay`` belong to groups. What an optimizer has to remember is in its ``state_dict()``; how it
     is set up (line search, damping rule, number of products) is not, as it comes from the constructor.
 
@@ -36,9 +42,10 @@ class ClosureOptimizer(CheckedOptimizer):
     second_order = True  # whether the optimizer takes a curvature_closure
     damping: Any = None  # a rule, where there is one
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
+    def __init__(self, params: Any, defaults: dict[str, Any], curvature_batch: Subsample | None = None):
         defaults = {"lr": 1.0, "weight_decay": 0.0, "maximize": False, **defaults}
         super().__init__(params, defaults)
+        self.curvature_batch = curvature_batch
         self.report: Report | None = None
 
     @property
@@ -68,6 +75,8 @@ class ClosureOptimizer(CheckedOptimizer):
         if curvature_closure is not None and not self.second_order:
             raise TypeError(f"{type(self).__name__} uses no curvature, and so no curvature_closure")
         self.param_groups[0]["carried"] = dict(self.carried)  # an earlier state_dict() keeps its own
+        if self.curvature_batch is not None:
+            curvature_closure = self._of_rows(self.curvature_batch, closure, curvature_closure)
         objective = Objective(self, closure, curvature_closure)
         try:
             if not self.carried.get("checked"):
@@ -78,6 +87,21 @@ class ClosureOptimizer(CheckedOptimizer):
             objective.move(None)
             raise
         return objective.loss
+
+    def _of_rows(self, batch: Subsample, closure: Callable[..., Any], other: Closure | None) -> Closure:
+        """The closure on this step's samples."""
+        if other is not None:
+            raise TypeError(f"{type(self).__name__} has a curvature_batch, and so takes no curvature_closure")
+        step = self.carried["batches"] = self.carried.get("batches", -1) + 1
+        rows = batch.rows(step)
+        try:
+            signature(closure).bind(rows)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: curvature_batch needs a closure that takes the rows to use, as "
+                "closure(rows=slice(None)) does"
+            ) from error
+        return partial(closure, rows)
 
     def _step(self, objective: Objective) -> Report:
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 
@@ -29,3 +30,8 @@ class CheckedOptimizer(Optimizer):
         for name in names:
             if not group[name] >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {group[name]}")
+
+
+def numbers(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers of a step. On a CPU the last 32 bits of a generator's seed are all that counts."""
+    return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**32)

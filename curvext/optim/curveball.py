@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..solvers import Armijo, LevenbergMarquardt
 from .base import ClosureOptimizer, Damping
+from .batches import Subsample
 from .objective import Objective
 from .point import Products
 from .search import LineSearch, Report
@@ -26,7 +27,7 @@ class CurveBall(ClosureOptimizer):
     product more then.
 
     Args:
-        params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
+        params, lr, weight_decay, maximize, curvature_batch: see :class:`~curvext.optim.base.ClosureOptimizer`.
         damping: a rule for λ. By default λ starts at 1, falls by 0.999⁵ where ρ > 3/2 and rises so where ρ < 1/2.
         interval: see above.
         line_search: for α; ``FullStep(always=True)`` as in the source; ``None`` for α = 1 if that is lower.
@@ -44,10 +45,11 @@ class CurveBall(ClosureOptimizer):
         line_search: LineSearch | None = Armijo(),  # noqa: B008
         weight_decay: float = 0.0,
         maximize: bool = False,
+        curvature_batch: Subsample | None = None,
     ):
         if interval < 1:
             raise ValueError(f"CurveBall: interval={interval} >= 1 is needed")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, curvature_batch)
         rate = 0.999**5
         self.damping = damping or LevenbergMarquardt(low=0.5, high=1.5, boost=1 / rate, drop=rate, guard=False)
         self.interval, self.line_search = interval, line_search

@@ -8,6 +8,7 @@ from typing import Any
 from ..quantities import DiagGGNExact
 from ..solvers import Armijo, LevenbergMarquardt
 from .base import ClosureOptimizer, Damping
+from .batches import Subsample
 from .objective import Objective
 from .precondition import DiagonalPreconditioner
 from .search import LineSearch, Report
@@ -24,7 +25,7 @@ class DiagGaussNewton(ClosureOptimizer):
     of G without damping; groups that differ in ``lr`` take one product more.
 
     Args:
-        params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
+        params, lr, weight_decay, maximize, curvature_batch: see :class:`~curvext.optim.base.ClosureOptimizer`.
         quantity: the diagonal: ``DiagGGNExact()``, ``DiagGGNMC()``, ``HesScale(gauss_newton=True)``, ...
         rescale: whether to take s; else s = 1.
         damping: a rule for λ. By default λ starts at 1e-2, falls to ⅔ where ρ > ¾ and rises to 1½ where ρ < ¼.
@@ -44,8 +45,9 @@ class DiagGaussNewton(ClosureOptimizer):
         line_search: LineSearch | None = Armijo(),  # noqa: B008
         weight_decay: float = 0.0,
         maximize: bool = False,
+        curvature_batch: Subsample | None = None,
     ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, curvature_batch)
         self.diagonal, self.rescale = DiagonalPreconditioner(quantity, floor=floor), rescale
         self.damping, self.line_search = damping, line_search
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 from ..solvers import Armijo, LevenbergMarquardt, Solution, cg
 from .base import Damping
+from .batches import Subsample
 from .krylov import KrylovOptimizer
 from .lagged import Lagged
 from .objective import Objective
@@ -22,12 +23,13 @@ from .stored import StoredGaussNewton
 class GaussNewtonCG(KrylovOptimizer):
     """θ ← θ + α lr d, with (G + λ I) d ≈ -∇f by conjugate gradients, G the Gauss-Newton matrix of some of the data.
 
-        optimizer = GaussNewtonCG(model.parameters(), weight_decay=1 / C)
-        loss = optimizer.step(all_data, some_data)  # two closures that return (loss, outputs)
+        optimizer = GaussNewtonCG(model.parameters(), weight_decay=1 / C, curvature_batch=Subsample(len(x), 0.05))
+        loss = optimizer.step(closure)  # closure(rows=slice(None)) returns (loss, outputs)
 
-    f and ∇f are those of the first closure, G that of the second, or of the first if there is one only. Lin and others
-    take all data and 5 %, and minimise ‖θ‖² / 2C + 1/l Σ ξ with C = C_user l: give ``weight_decay=1 / C``, and mean
-    losses. CG ends with ‖(G + λ I) d + ∇f‖ <= ``tolerance`` ‖∇f‖; then α = 1, ½, ... by Armijo's rule.
+    f and ∇f are those of ``closure()``, G that of ``closure(rows)``; without ``curvature_batch`` all come from the
+    closure, or G from a second one. Wang, Tan and Lin take 5 % of the data for G, and minimise ‖θ‖² / 2C + 1/l Σ ξ with
+    C = C_user l: give ``weight_decay=1 / C``, and mean losses. CG ends with ‖(G + λ I) d + ∇f‖ <= ``tolerance`` ‖∇f‖;
+    then α = 1, ½, ... by Armijo's rule.
 
     λ follows Levenberg and Marquardt, with ρ the decrease over that of the model without damping,
 
@@ -36,7 +38,7 @@ class GaussNewtonCG(KrylovOptimizer):
     which needs no further product (one, if groups differ in ``lr``).
 
     Args:
-        params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
+        params, lr, weight_decay, maximize, curvature_batch: see :class:`~curvext.optim.base.ClosureOptimizer`.
         steps: of CG, at most; one product each.
         tolerance: see above.
         damping: a rule for λ. By default λ starts at 1, falls to ⅔ where ρ > ¾ and rises to 1½ where ρ < ¼; it does
@@ -67,12 +69,13 @@ class GaussNewtonCG(KrylovOptimizer):
         max_memory: int = 1 << 30,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        curvature_batch: Subsample | None = None,
     ):
         if steps < 1 or not 0 <= tolerance < 1:
             raise ValueError(f"GaussNewtonCG: steps={steps} >= 1 and 0 <= tolerance={tolerance} < 1 are needed")
         if jacobian not in ("products", "stored", "auto"):
             raise ValueError(f"GaussNewtonCG: jacobian={jacobian!r} must be 'products', 'stored' or 'auto'")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, curvature_batch)
         self.steps, self.tolerance, self.line_search = steps, tolerance, line_search
         self.jacobian, self.max_memory = jacobian, max_memory
         self.damping, self.preconditioner = damping or LevenbergMarquardt(), by_name(preconditioner)

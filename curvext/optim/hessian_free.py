@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..solvers import Armijo, LevenbergMarquardt, Martens, Solution, backtrack, cg, reduction_ratio
 from .base import Damping
+from .batches import Subsample
 from .krylov import KrylovOptimizer
 from .lagged import Lagged
 from .objective import Objective
@@ -33,7 +34,7 @@ class HessianFree(KrylovOptimizer):
     what comes out.
 
     Args:
-        params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
+        params, lr, weight_decay, maximize, curvature_batch: see :class:`~curvext.optim.base.ClosureOptimizer`.
         curvature: ``"gauss_newton"``, for closures that return ``(loss, outputs)``; or ``"hessian"``.
         steps: of CG, at most; one product each, and one more for x₀.
         stop: ``Martens()`` with the window's factor; ``Martens(strict=True)`` as PyTorchHessianFree does.
@@ -73,6 +74,7 @@ class HessianFree(KrylovOptimizer):
         line_search: LineSearch | None = Armijo(c=1e-2, shrink=0.8, trials=20),  # noqa: B008
         weight_decay: float = 0.0,
         maximize: bool = False,
+        curvature_batch: Subsample | None = None,
     ):
         if curvature not in ("hessian", "gauss_newton") or negative not in ("stop", "absolute"):
             raise ValueError(f"HessianFree: curvature={curvature!r}, negative={negative!r}: 'hessian' or "
@@ -82,7 +84,7 @@ class HessianFree(KrylovOptimizer):
         if steps < 1 or not 0 <= tolerance < 1 or not 0 <= decay <= 1:
             raise ValueError(f"HessianFree: steps={steps} >= 1, 0 <= tolerance={tolerance} < 1 and "
                              f"0 <= decay={decay} <= 1 are needed")  # fmt: skip
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, curvature_batch)
         self.curvature, self.steps, self.stop, self.tolerance = curvature, steps, stop, tolerance
         self.decay, self.negative, self.backtracking, self.blocks = decay, negative, backtracking, blocks
         self.damping, self.warm_ratio, self.line_search = damping, warm_ratio, line_search

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..solvers import Armijo, Solution, cg, minres
 from .base import Damping
+from .batches import Subsample
 from .krylov import KrylovOptimizer
 from .lagged import Lagged
 from .objective import Objective
@@ -29,7 +30,7 @@ class NewtonCG(KrylovOptimizer):
     a saddle whose gradient is zero (:class:`~curvext.optim.SaddleFreeNewton` leaves it).
 
     Args:
-        params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
+        params, lr, weight_decay, maximize, curvature_batch: see :class:`~curvext.optim.base.ClosureOptimizer`.
         curvature: ``"hessian"``, or ``"gauss_newton"`` for closures that return ``(loss, outputs)``.
         steps: of CG, at most; one product each.
         tolerance: ‖A p + ∇f‖ / ‖∇f‖ in place of the rule above.
@@ -61,6 +62,7 @@ class NewtonCG(KrylovOptimizer):
         line_search: LineSearch | None = Armijo(),  # noqa: B008
         weight_decay: float = 0.0,
         maximize: bool = False,
+        curvature_batch: Subsample | None = None,
     ):
         if curvature not in ("hessian", "gauss_newton") or negative not in ("stop", "absolute"):
             raise ValueError(f"NewtonCG: curvature={curvature!r}, negative={negative!r}: 'hessian' or 'gauss_newton', "
@@ -69,7 +71,7 @@ class NewtonCG(KrylovOptimizer):
             raise ValueError(f"NewtonCG: solver={solver!r}: 'cg', or 'minres' with negative='stop'")
         if steps < 1 or not (tolerance is None or 0 <= tolerance < 1):
             raise ValueError(f"NewtonCG: steps={steps} >= 1 and 0 <= tolerance={tolerance} < 1 are needed")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, curvature_batch)
         self.curvature, self.solver, self.steps, self.negative = curvature, solver, steps, negative
         self.tolerance, self.damping, self.line_search = tolerance, damping, line_search
         self.preconditioner = by_name(preconditioner)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..solvers import Armijo, LevenbergMarquardt, lanczos, saddle_free, saddle_free_series
 from .base import ClosureOptimizer, Damping
+from .batches import Subsample
 from .objective import Objective
 from .point import Point, Products
 from .search import Found, LineSearch, Report
@@ -41,7 +42,7 @@ class SaddleFreeNewton(ClosureOptimizer):
     along it if there is any: this leaves saddles even where the gradient is exactly zero.
 
     Args:
-        params, lr, weight_decay, maximize: see :class:`~curvext.optim.base.ClosureOptimizer`.
+        params, lr, weight_decay, maximize, curvature_batch: see :class:`~curvext.optim.base.ClosureOptimizer`.
         method: ``"lanczos"`` or ``"series"``.
         products: of a Lanczos run, which keeps as many vectors; ``two_passes`` keeps four, for twice the products.
         terms, order, scale, scale_decay: of the series: K, the order of Shanks's transformation, the first V, and by
@@ -75,6 +76,7 @@ class SaddleFreeNewton(ClosureOptimizer):
         line_search: LineSearch | None = Armijo(),  # noqa: B008
         weight_decay: float = 0.0,
         maximize: bool = False,
+        curvature_batch: Subsample | None = None,
     ):
         if method not in DAMPING or not (momentum == "adaptive" or (not isinstance(momentum, str) and momentum >= 0)):
             raise ValueError(f"SaddleFreeNewton: method={method!r}, momentum={momentum!r}: 'lanczos' or 'series', and "
@@ -86,7 +88,7 @@ class SaddleFreeNewton(ClosureOptimizer):
             raise ValueError(f"SaddleFreeNewton: order={order} >= 0 and terms={terms} > 2 order are needed")
         if two_passes and (method != "lanczos" or momentum == "adaptive"):
             raise ValueError("SaddleFreeNewton: two_passes is for method='lanczos', without momentum='adaptive'")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}, curvature_batch)
         self.method, self.products, self.two_passes, self.terms, self.order = method, products, two_passes, terms, order
         self.scale, self.scale_decay, self.momentum, self.stationary = scale, scale_decay, momentum, stationary
         self.damping, self.line_search = damping or DAMPING[method], line_search
