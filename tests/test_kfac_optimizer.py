@@ -15,6 +15,7 @@ from torch import nn
 import curvext
 from curvext import CurvatureError, extend
 from curvext.optim import KFAC
+from curvext.optim.checked import numbers
 
 from .optimizers import digits, equal, values
 
@@ -72,6 +73,19 @@ def test_three_steps_by_hand(clip, decoupled):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_columns_are_drawn_anew():
+    """At every step and with every seed; the same again where both are."""
+    seen = []
+    for seed in (0, 1, 0):
+        model = net()
+        optimizer = KFAC(model.parameters(), lr=0.0, decay=0.0, seed=seed)
+        for _ in range(3):
+            optimizer.step(lambda: loss(model))  # noqa: B023
+            seen.append(optimizer.state[model[3].weight]["factors"][0])
+    assert all(not torch.equal(a, b) for k, a in enumerate(seen[:6]) for b in seen[:k])
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[6:], strict=True))
+
+
 def test_ekfac_by_hand():
     """Second step: the eigenvectors of the first, the curvature along them averaged with the first eigenvalues."""
     model, twin = net(), net()
@@ -81,7 +95,7 @@ def test_ekfac_by_hand():
     twin.load_state_dict(model.state_dict())
     basis = {name: optimizer._basis(p) for name, p in model.named_parameters()}
     optimizer.step(lambda: loss(model, 1))
-    with extend(twin, quantity, curvext.EKFAC(3, basis=basis), generator=torch.Generator().manual_seed(1 << 32)):
+    with extend(twin, quantity, curvext.EKFAC(3, basis=basis), generator=numbers(0, 1)):
         loss(twin, 1).backward()
     for (name, p), after in zip(twin.named_parameters(), model.parameters(), strict=True):
         Q = torch.eye(1)

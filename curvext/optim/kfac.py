@@ -11,6 +11,7 @@ from ..kronecker import Eigenbasis, Kronecker
 from ..quantities import EKFAC
 from ..quantities import KFAC as Factors
 from .block import BlockOptimizer, Ready, missing
+from .checked import numbers
 
 
 class KFAC(BlockOptimizer):
@@ -125,8 +126,8 @@ class KFAC(BlockOptimizer):
         return found
 
     def _generator(self) -> torch.Generator:
-        seed = self.seed + (max(group["steps"] for group in self.param_groups) << 32)
-        return torch.Generator(self.param_groups[0]["params"][0].device).manual_seed(seed)
+        step = max(group["steps"] for group in self.param_groups)
+        return numbers(self.seed, step, self.param_groups[0]["params"][0].device)
 
     def _wrong(self, p: Tensor, group: dict[str, Any]) -> str | None:
         known = self.quantity.savefield in p.__dict__ or "factors" in self.state[p]
