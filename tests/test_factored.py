@@ -13,7 +13,7 @@ from curvext import GGNFactor, extend
 from curvext.operators import FactoredGaussNewton, HierarchicalOperator, Space
 from curvext.testing_operators import check_operator
 
-from .models import Attention, cnn, mlp
+from .models import Attention, Residual, cnn, mlp
 from .reference import gauss_newton
 
 pytestmark = mark.usefixtures("float64")
@@ -49,10 +49,15 @@ def groups() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 2, groups=2), nn.Tanh(), nn.ConvTranspose2d(4, 2, 2), nn.Flatten())
 
 
+def words() -> nn.Module:
+    return nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 2))
+
+
 CASES = {
     "mlp": lambda: (mlp(), torch.randn(6, 4), torch.randint(0, 3, (6,)), F.cross_entropy),
     "cnn": lambda: (cnn(), torch.randn(4, 2, 6, 6), torch.randint(0, 3, (4,)), F.cross_entropy),
     "groups": lambda: (groups(), torch.randn(2, 4, 3, 3), torch.randn(2, 18), F.mse_loss),
+    "words": lambda: (words(), torch.randint(0, 7, (4, 5)), torch.randn(4, 2), F.mse_loss),
     "shared": lambda: (Shared(), torch.randn(5, 3), torch.randn(5, 3), F.mse_loss),
     "attention": lambda: (Attention(), *torch.randint(0, 5, (2, 3, 4)), tokens),
     "tied": lambda: (Attention(tied=True), *torch.randint(0, 5, (2, 3, 4)), tokens),
@@ -68,6 +73,13 @@ def test_definition(name):
     near(dense, gauss_newton(lambda: model(x), lambda z: loss(z, y), list(model.parameters())))
     near(operator.diagonal(), dense.diagonal())
     assert float(operator.trace()) == approx(float(dense.trace()))
+
+
+def test_samples_that_depend_on_each_other():
+    model, x, y = Residual(), torch.randn(4, 2, 3, 3), torch.randint(0, 3, (4,))
+    operator = factored(model, F.cross_entropy(model(x), y), samples=1)
+    want = gauss_newton(lambda: model(x), lambda z: F.cross_entropy(z, y), list(model.parameters()))
+    near(check_operator(operator), want)
 
 
 def test_weights_are_not_formed():
