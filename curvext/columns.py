@@ -6,7 +6,7 @@ result for each, so that the parts together give the same (:meth:`~curvext.quant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -25,14 +25,19 @@ from .wave import Wave
 Arrive = Callable[[Edge, list[Any]], None]
 
 
+def of_columns(waves: Iterable[Wave]) -> list[Factor]:
+    """Those that carry columns."""
+    return [wave for wave in waves if isinstance(wave, Factor) and wave.kind != "none"]
+
+
 def reads_columns(quantity: Any) -> bool:
     """Whether a quantity is made from the factor wave."""
-    return any(isinstance(wave, Factor) for wave in getattr(quantity, "waves", ()))
+    return bool(of_columns(getattr(quantity, "waves", ())))
 
 
 def together(operations: Sequence[Operation], waves: Sequence[Wave], budget: int | None) -> int | None:
     """How many columns keep the factor wave below ``budget`` bytes wherever it passes; ``None`` if all do."""
-    factors = [wave for wave in waves if isinstance(wave, Factor)]
+    factors = of_columns(waves)
     if budget is None or not factors:
         return None
     most = max(_most(operations) if wave.kind != "draws" else wave.draws for wave in factors)
@@ -59,7 +64,8 @@ def widest(operations: Sequence[Operation]) -> int:
 
 def _only(waves: Sequence[Wave], part: Part) -> list[Wave]:
     """The same waves; of the factor wave, these columns alone."""
-    return [replace(wave, within=part) if isinstance(wave, Factor) else wave for wave in waves]
+    factors = of_columns(waves)
+    return [replace(wave, within=part) if isinstance(wave, Factor) and wave in factors else wave for wave in waves]
 
 
 def in_parts(
@@ -73,7 +79,7 @@ def in_parts(
     few = together(sweep.operations, sweep.kinds, settings.max_memory)
     if few is None:
         return sweep
-    factors = [wave for wave in sweep.kinds if isinstance(wave, Factor)]
+    factors = of_columns(sweep.kinds)
     tensors = [target.tensor for target in sweep.targets.values()]
     part = Part(stop=few)
     while part.start == 0 or part.start + few < part.most:

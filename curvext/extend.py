@@ -218,21 +218,32 @@ class extend(TorchFunctionMode):
 
     def _prepare(self, sweep: Sweep, reader: Reader, loss: Tensor, gradient: Tensor | None) -> Exception | None:
         """What must be known before the backward pass; a failure must not cost the gradients."""
-        samples = None
+        samples = Samples(sweep.operations, sweep.targets, self.samples)
+        refusal = None
         try:
             if any([wave.by_sample for wave in self.waves]):
-                samples = Samples(sweep.operations, sweep.targets, self.samples)
-                samples.follow()
-                if samples.doubt and any(entry.quantity.per_sample for entry in self.entries):
-                    raise CurvatureError(_doubtful(samples.doubt))
-                for edge, target in sweep.targets.items():
-                    target.n, target.axis = samples.n, samples.axes.get(edge)
-                sweep.seeds = seeds(sweep.operations, self.waves, loss, gradient)
-            reader.products(loss, gradient)
+                try:
+                    self._follow(samples, sweep)
+                except CurvatureError as error:
+                    refusal = error
+            sweep.kinds = reader.products(loss, gradient, sweep.operations if refusal is None else None)
+            if refusal is not None and any([wave.by_sample for wave in sweep.kinds]):
+                raise refusal
+            for wave in sweep.kinds:
+                wave.check(sweep.operations)
+            if any([wave.by_sample for wave in sweep.kinds]):
+                sweep.seeds = seeds(sweep.operations, sweep.kinds, loss, gradient)
         except CurvatureError as error:
-            at = None if samples is None else samples.at
+            at = samples.at
             return error if at is None else _located(error, (at.kind, nearest(at.node, sweep.targets)))
         return None
+
+    def _follow(self, samples: Samples, sweep: Sweep) -> None:
+        samples.follow()
+        if samples.doubt and any(entry.quantity.per_sample for entry in self.entries):
+            raise CurvatureError(_doubtful(samples.doubt))
+        for edge, target in sweep.targets.items():
+            target.n, target.axis = samples.n, samples.axes.get(edge)
 
 
 def _failure(sweep: Sweep) -> Exception | None:

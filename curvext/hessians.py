@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,16 @@ class LossHessian(ABC):
     """
 
     whole: bool = False  # whether all samples are taken as one, as B has entries between them
+    signed: ClassVar[str]  # the field whose signs are those of the eigenvalues
 
-    @abstractmethod
     def part(self, of: Callable[[Tensor], Tensor]) -> LossHessian:
         """The same with other eigenvalues: ``of`` is :func:`convex`, :func:`positive` or :func:`negative`."""
+        return replace(self, **{self.signed: of(getattr(self, self.signed))})  # type: ignore[type-var]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is there; it is looked at, unless it is traced."""
+        return not tracing() and not bool(getattr(self, self.signed).any())
 
     @abstractmethod
     def columns(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
@@ -72,9 +78,7 @@ class DiagonalHessian(LossHessian):
     """B = diag(b)."""
 
     b: Tensor
-
-    def part(self, of: Callable[[Tensor], Tensor]) -> DiagonalHessian:
-        return DiagonalHessian(of(self.b))
+    signed = "b"
 
     def columns(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
         return one_by_one(self.b.sqrt(), axis, n, part)
@@ -94,9 +98,7 @@ class SoftmaxHessian(LossHessian):
     p: Tensor
     w: Tensor
     dim: int
-
-    def part(self, of: Callable[[Tensor], Tensor]) -> SoftmaxHessian:
-        return replace(self, w=of(self.w))
+    signed = "w"
 
     def columns(self, axis: Axis, n: int, part: slice = ALL) -> Tensor:
         """S_c = √(w p_c) (e_c - p)."""
@@ -173,9 +175,7 @@ class DenseHessian(LossHessian):
     vectors: Tensor
     shape: Sequence[int]
     whole: bool = False
-
-    def part(self, of: Callable[[Tensor], Tensor]) -> DenseHessian:
-        return replace(self, values=of(self.values))
+    signed = "values"
 
     def _roots(self, part: slice = ALL) -> Tensor:
         roots = self.values[part].sqrt()

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .columns import reads_columns
-from .graph import Edge
+from .columns import of_columns, reads_columns
+from .graph import Edge, Operation
 from .quantities.base import Quantity, Target, WholeGraph
-from .quantities.waves import Factor
 from .wave import Wave
 
 if TYPE_CHECKING:
@@ -24,30 +23,42 @@ class Reader:
 
     def __init__(self, block: extend, targets: Mapping[Edge, Target]):
         self.block, self.targets = block, targets
-        self.place = {wave: j for j, wave in enumerate(block.waves)}
+        self.place: dict[Wave, int] = {}
+        self.by_products: set[Any] = set()
         self.whole: dict[Edge, dict[str, Any]] = {}
         self.parts: dict[tuple[Edge, str], Any] = {}  # of the columns that were carried before
         self.read: dict[Edge, list[tuple[Any, Any]]] = {}
         self.failure: Exception | None = None
         self.handles: list[Any] = []
 
-    def products(self, loss: Tensor, gradient: Tensor | None) -> None:
-        """What needs the whole graph, before the backward pass frees it."""
+    def products(self, loss: Tensor, gradient: Tensor | None, operations: Sequence[Operation] | None) -> list[Wave]:
+        """What needs the whole graph, before the backward pass frees it.
+
+        Args:
+            operations: of the graph; ``None`` if they cannot tell samples apart.
+
+        Returns:
+            The waves that the others need.
+        """
         for entry in self.block.entries:
             quantity = entry.quantity
-            if isinstance(quantity, WholeGraph):
-                edges = [edge for edge, target in self.targets.items() if quantity in self.block.asked[target.names[0]]]
-                values = quantity.compute(loss, gradient, [self.targets[edge].tensor for edge in edges])
-                for edge, value in zip(edges, values, strict=True):
+            edges = [edge for edge, target in self.targets.items() if quantity in self.block.asked[target.names[0]]]
+            tensors = [self.targets[edge].tensor for edge in edges]
+            if isinstance(quantity, WholeGraph) and not quantity.rides(operations, tensors):
+                self.by_products.add(quantity)
+                for edge, value in zip(edges, quantity.compute(loss, gradient, tensors), strict=True):
                     self.whole.setdefault(edge, {})[quantity.savefield] = value
+            else:
+                self.place.update(dict.fromkeys(quantity.waves))
+        self.place = {wave: j for j, wave in enumerate(self.place)}
+        return list(self.place)
 
     def gather(self, edge: Edge, columns: Sequence[Any]) -> None:
         """Some columns of the factor waves alone."""
         target = self.targets[edge]
-        factors: list[Wave] = [wave for wave in self.place if isinstance(wave, Factor)]
-        arrived = dict(zip(factors, columns, strict=True))
+        arrived: dict[Wave, Any] = dict(zip(of_columns(self.place), columns, strict=True))
         for quantity in self.block.asked[target.names[0]]:
-            if isinstance(quantity, Quantity) and reads_columns(quantity):
+            if isinstance(quantity, Quantity) and quantity not in self.by_products and reads_columns(quantity):
                 value = quantity.read(target, *[arrived.get(wave) for wave in quantity.waves])
                 self.parts[edge, quantity.savefield] = self._joined(edge, quantity, value)
 
@@ -83,7 +94,7 @@ class Reader:
             earlier = block.earlier.pop((id(target.tensor), quantity.savefield), None)
             target.earlier = [earlier] if quantity.recycles else None
             del earlier
-            if isinstance(quantity, Quantity):
+            if isinstance(quantity, Quantity) and quantity not in self.by_products:
                 value = quantity.read(target, *[waves[self.place[wave]] for wave in quantity.waves])
                 value = self._joined(edge, quantity, value)
             else:

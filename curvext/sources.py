@@ -37,7 +37,7 @@ def may_start(op: Operation) -> bool:
     """Whether the gradient is needed to tell if an operation is nonlinear in its inputs, taken together."""
     if op.name == "ConvolutionBackward0" and not op.needs[0]:
         return False  # its weight and its bias are added up
-    return not op.above and (bends(op) or (len(op.edges) > 1 and len(joint(op)) > 1))
+    return bends(op) or (len(op.edges) > 1 and len(joint(op)) > 1)
 
 
 def starts(op: Operation, reached: bool) -> bool:
@@ -65,19 +65,23 @@ def loss_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHes
     """B = ∂²⟨g, f(x)⟩/∂x² at the inputs of an operation; empty if it bends nothing."""
     if not may_start(op) or not any(v is not None for v in g):
         return {}
-    rule = registry.find(op, "source")
+    rule, groups = registry.find(op, "source"), joint(op)
     if rule is not None and not op.coincident:
         return {i: hessian for i, hessian in rule.function(op, g).items() if op.needs[i]}
-    groups = joint(op)
+    if is_dense(op):
+        return dense_hessian(op, g, groups)
+    bend = pass_diagonal(op, g, [None] * len(g))
+    i = groups[0][0]
+    found = None if i >= len(bend) else bend[i]
+    return {} if found is None else {i: DiagonalHessian(op.reduced(found, i))}
+
+
+def is_dense(op: Operation) -> bool:
+    """Whether B has no closed form."""
     separable = registry.find(op, "diagonal")
-    if len(groups) == 1 and separable is not None and separable.separable:
-        bend = pass_diagonal(op, g, [None] * len(g))
-        i = groups[0][0]
-        found = None if i >= len(bend) else bend[i]
-        if found is None:
-            return {}
-        return {i: DiagonalHessian(op.reduced(found, i))}
-    return dense_hessian(op, g, groups)
+    if registry.find(op, "source") is not None and not op.coincident:
+        return False
+    return len(joint(op)) > 1 or separable is None or not separable.separable
 
 
 def dense_hessian(op: Operation, g: Sequence[Tensor | None], groups: list[list[int]]) -> dict[int, LossHessian]:

@@ -29,6 +29,9 @@ class Wave(ABC):
         """Where it starts at tensors marked by :func:`curvext.output`; ``output`` has the loss's Hessian in them."""
         return {}
 
+    def check(self, operations: Sequence[Operation]) -> None:  # noqa: B027
+        """Before the backward pass: raise a CurvatureError if what arrives would not be right; roots come first."""
+
     def needs_gradient(self, op: Operation) -> bool:
         """Whether :meth:`step` uses the gradient here; operations where it does not need no hook."""
         return True

@@ -137,8 +137,9 @@ def test_penalties_belong_to_no_sample():
     model, losses = built(BY_COLUMNS["mlp"])
     loss = lambda: losses().sum() + sum(p.square().sum() for p in model.parameters())  # noqa: E731
     close(computed(DiagHessian(), model, loss), hessian_diagonal(loss, list(model.parameters())))
-    with extend(model, BatchDiagHessian()), pytest.raises(CurvatureError, match="belongs to none"):
-        loss().backward()
+    for products, match in ((False, "no sample owns"), (True, "belongs to none")):
+        with extend(model, BatchDiagHessian(products=products)), pytest.raises(CurvatureError, match=match):
+            loss().backward()
 
 
 def test_samples_that_depend_on_each_other():

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..graph import Operation
 from ..memory import taken
 from ..wave import Wave
 
@@ -129,3 +130,7 @@ class WholeGraph(Saved):
     @abstractmethod
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """One result for each target (``None``: zero); ``scale`` is the ``gradient`` argument of ``backward``."""
+
+    def rides(self, operations: Sequence[Operation] | None, targets: Sequence[Tensor]) -> bool:
+        """Whether it is read from waves after all, in a graph of these operations (``None``: samples meet in it)."""
+        return False

@@ -17,107 +17,80 @@ from torch.autograd.graph import Node
 
 from ..diagonal import bends, pass_diagonal
 from ..errors import CurvatureError
-from ..graph import Edge, Graph, Operation
+from ..graph import Edge, Operation
 from ..hessians import negative, positive
 from ..registry import find_diagonal
-from ..samples import Samples
 from ..sources import loss_hessian
-from ..sweep import Settings, Sweep
-from .base import Target
-from .waves import Factor, Waves
+from .waves import Factor, Source
 
-PARTS: dict[str, Callable[[Tensor], Tensor]] = {"positive": positive, "negative": negative, "abs": torch.abs}
+PARTS: dict[str, tuple[tuple[int, Callable[[Tensor], Tensor]], ...]] = {
+    "signed": ((1, positive), (-1, negative)),
+    "positive": ((1, positive),),
+    "abs": ((1, torch.abs),),
+}
 
 
 @dataclass(frozen=True)
 class BendFactor(Factor):
-    """Columns of one part of every B: H is that of the ``"positive"`` minus that of the ``"negative"`` eigenvalues.
+    """Columns of every B.
 
-    Raises:
-        CurvatureError: in :meth:`step`, if blocks of H are more than that.
+    Args:
+        part: ``"signed"``: those of the positive and, with sign -1, of the negative eigenvalues, which make H;
+            ``"positive"``: the former alone; ``"abs"``: all count as positive.
     """
 
-    part: str = "positive"
+    part: str = "signed"
 
-    def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
-        return {}  # whether curvature has reached it or not, in step
+    def check(self, operations: Sequence[Operation]) -> None:
+        """That blocks of H are no more than that sum.
+
+        Raises:
+            CurvatureError: if they are.
+        """
+        below = _leaves(operations) if operations else {}
+        for op in operations:
+            places = list(zip(op.edges, op.needs, op.axes_in, strict=True))
+            holding = [node for (node, _), need, axis in places if need and axis is not None]
+            shared = [node for (node, _), need, axis in places if need and axis is None]
+            if holding and shared:
+                if bends(op) and not _linear(op, [need and axis is None for _, need, axis in places]):
+                    raise CurvatureError(f"{op.kind} is not linear in a tensor that the samples share")
+                if any([below[a] & below[b] for a in holding for b in shared]):
+                    raise CurvatureError(
+                        f"{op.kind} puts a parameter together with what was computed from the same parameter"
+                    )
 
     def seeds(self, output: Any) -> dict[Edge, Any]:
-        return {}
+        return {}  # it starts at every operation of the loss
 
-    def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
-        _check(op, g)
-        found = list(super().step(op, g, wave))
-        for i, hessian in loss_hessian(op, g).items():
-            seen: list[Tensor] = []
-            kept = hessian.part(lambda b, seen=seen: seen.append(PARTS[self.part](b)) or seen[0])  # type: ignore[misc]
-            if any(bool(b.any()) for b in seen):
-                found[i] = {**(found[i] or {}), op.node: self._columns(kept, op, i)}
+    def _sources(self, op: Operation, g: Sequence[Tensor | None], reached: bool) -> dict[Source, dict[int, Any]]:
+        hessians = loss_hessian(op, g)
+        found: dict[Source, dict[int, Any]] = {}
+        for sign, of in PARTS[self.part] if hessians else ():
+            parts = {i: hessian.part(of) for i, hessian in hessians.items()}
+            columns = {i: self._columns(part, op, i) for i, part in parts.items() if not part.is_zero}
+            if columns:
+                found[Source(op.node, sign)] = columns
         return found
 
 
-def _check(op: Operation, g: Sequence[Tensor | None]) -> None:
-    """That B in the inputs that hold samples is all there is."""
-    holding = [i for i, (need, axis) in enumerate(zip(op.needs, op.axes_in, strict=True)) if need and axis is not None]
-    shared = [i for i, (need, axis) in enumerate(zip(op.needs, op.axes_in, strict=True)) if need and axis is None]
-    if not holding or not shared:
-        return
-    if bends(op):
-        rule = find_diagonal(op)
-        waves = () if rule is None else pass_diagonal(op, g, [None] * len(g))
-        if rule is None or any(i < len(waves) and (w := waves[i]) is not None and bool(w.any()) for i in shared):
-            raise CurvatureError("it is not linear in a tensor that the samples share")
-    below = _leaves([op.edges[i][0] for i in shared])
-    if not below.isdisjoint(_leaves([op.edges[i][0] for i in holding])):
-        raise CurvatureError("it puts a parameter together with what was computed from the same parameter")
+def _leaves(operations: Sequence[Operation]) -> dict[Node, int]:
+    """The leaves below every node, one bit for each."""
+    found: dict[Node, int] = {}
+    graph = operations[0].graph
+    for node in graph.order:
+        found[node] = 0 if graph.edges[node] else 1 << len(found)
+        for child, _ in graph.edges[node]:
+            found[node] |= 0 if child is None else found[child]
+    return found
 
 
-def _leaves(nodes: Sequence[Node]) -> set[Node]:
-    stack, seen = list(nodes), set(nodes)
-    while stack:
-        for child, _ in stack.pop().next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return {node for node in seen if not node.next_functions}
-
-
-def swept(
-    loss: Tensor,
-    scale: Tensor | None,
-    targets: Sequence[Tensor],
-    most: Callable[[int, int], bool],
-    read: Callable[[Target, Sequence[Any]], Any],
-) -> list[Any]:
-    """What ``read(target, (positive, negative))`` makes of the columns at every target.
-
-    Args:
-        most: told how many columns there will be and how many entries they have where they have most, whether to go on.
-
-    Raises:
-        CurvatureError: if not, or if it would not be exact.
-    """
-    graph = Graph([loss.grad_fn])  # type: ignore[list-item]
-    places = {edge: Target(t, [""]) for t in targets if (edge := graph.edge_of(t)) is not None}
-    found: dict[int, Any] = {}
-
-    def arrive(edge: Edge, waves: Sequence[Any]) -> None:
-        found[id(places[edge].tensor)] = read(places[edge], waves)
-
-    sweep = Sweep(graph, places, (BendFactor(), BendFactor(part="negative")), Settings(), arrive)
-    samples = Samples(sweep.operations, places)
-    samples.follow()
-    for edge, target in places.items():
-        target.n, target.axis = samples.n, samples.axes.get(edge)
-    columns = sum(_entries(op) // op.n_samples for op in sweep.operations if bends(op))
-    if not most(columns, columns * max(_entries(op) for op in sweep.operations)):
-        raise CurvatureError("products are cheaper")
-    with sweep:
-        torch.autograd.grad(loss, targets, scale, retain_graph=True, allow_unused=True)
-    if sweep.error is not None:
-        raise sweep.error
-    return [found.get(id(t)) for t in targets]
-
-
-def _entries(op: Operation) -> int:
-    return max(meta.shape.numel() if hasattr(meta.shape, "numel") else 1 for meta in op.outputs)
+@torch.no_grad()
+def _linear(op: Operation, inputs: Sequence[bool]) -> bool:
+    """Whether the second derivative in each of these inputs is zero, by its rule and at some gradient."""
+    if find_diagonal(op) is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    g = [torch.rand(meta.shape, generator=generator).to(meta.device, meta.dtype) for meta in op.outputs]
+    waves = pass_diagonal(op, g, [None] * len(g))
+    return not any(asked and w is not None and bool(w.any()) for asked, w in zip(inputs, waves, strict=False))

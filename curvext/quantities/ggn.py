@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..persample import Dense, Outer
+from ..persample import Dense
 from ..wave import Wave
 from .base import Quantity, Target
-from .readings import Arrived, BySample, ColumnsBySample, arrived, formed
+from .readings import Arrived, BySample, ColumnsBySample, arrived, squared_by_sample
 from .waves import Factor
 
 
@@ -81,11 +81,8 @@ class _BatchDiagonal(BySample, _FactorReading):
         return a + b
 
     def of(self, found: Arrived, target: Target) -> Tensor:
-        samples = found.owned(type(self).__name__)
-        assert samples is not None
-        if isinstance(samples, Outer) and samples.positions == 1:
-            return formed(samples.squared(), target, samples.size[1:])
-        return samples.sample_squares()
+        terms = [squared_by_sample(columns, target) for columns in found.parts(type(self).__name__)]
+        return sum(terms[1:], start=terms[0])
 
 
 @dataclass(frozen=True)

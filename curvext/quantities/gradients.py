@@ -116,7 +116,7 @@ class Variance(_FirstOrder):
 
     def result(self, held: Any, target: Target) -> Tensor:
         n, total, squares, _ = held
-        return torch.addcmul(squares / n, total, total, value=-1 / n**2)
+        return torch.addcmul(squares, total, total, value=-1 / n).div_(n)
 
 
 @dataclass(frozen=True)

@@ -12,28 +12,31 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..bending import MOST
+from ..diagonal import bends
 from ..errors import CurvatureError
-from ..graph import Graph
+from ..graph import Graph, Operation
 from ..hessians import tracing
 from ..rules.default import MISTAKEN, quiet_vmap
 from ..samples import Samples, masked
-from .base import Target, WholeGraph
-from .bends import swept
-from .readings import arrived, squared
-
-LARGEST = 1 << 28  # entries of columns at one operation beyond which products are taken
+from ..sources import is_dense
+from ..wave import Wave
+from .base import Quantity, Target, WholeGraph
+from .bends import BendFactor
+from .readings import Arrived, BySample, arrived, squared, squared_by_sample
 
 
 @dataclass(frozen=True)
-class DiagHessian(WholeGraph):
+class DiagHessian(WholeGraph, Quantity):
     """Exact diagonal of the Hessian of the loss, ``[eᵢᵀ H eᵢ]``, in the parameter's shape; saved as ``diag_h``.
 
     H = Σ JᵀBJ over all operations that bend, B being the Hessian of ⟨g, f(x)⟩ for one of them and J leading from the
     parameters to x. Each B = Σᵥ ±Sᵥ Sᵥᵀ is a source of columns Sᵥ. With piecewise linear activations these are the
     columns of :class:`DiagGGNExact`; a smooth one adds as many as it has features. That is exact unless a weight is put
     together with what was computed from it (tied and recurrent weights). There, where samples depend on each other,
-    and where there would be more columns than parameter entries, or too many to hold, the diagonal is made of one
-    Hessian-vector product for every entry, which is for small models. The scaling is the loss's.
+    and where there would be many more columns than parameter entries, the diagonal is made of one Hessian-vector
+    product for every entry, which is for small models. ``extend(..., max_memory=)`` carries the columns in parts. The
+    scaling is the loss's.
 
     Args:
         chunk: products that are computed together; more is faster and takes more memory.
@@ -49,28 +52,43 @@ class DiagHessian(WholeGraph):
     products: bool = False
     savefield = "diag_h"
 
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return () if self.products else (BendFactor(),)
+
+    def rides(self, operations: Sequence[Operation] | None, targets: Sequence[Tensor]) -> bool:
+        """Whether columns give it, and there are not too many of them."""
+        if self.products or not operations or tracing() or any([op.kind in MISTAKEN for op in operations]):
+            return False
+        sizes = {op: max(prod(meta.shape) for meta in op.outputs) // op.n_samples for op in operations if bends(op)}
+        if sum(sizes.values()) >= 2 * sum(t.numel() for t in targets):  # a product costs about two columns
+            return False
+        try:
+            BendFactor().check(operations)
+        except CurvatureError:
+            return False
+        return not any([size > MOST and is_dense(op) for op, size in sizes.items()])
+
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        what = type(self).__name__
-        refuse_mistaken(loss, what)
-        if not self.products and not tracing():
-            size = sum(t.numel() for t in targets)
-            try:
-                return swept(loss, scale, targets, lambda v, entries: v < size and entries < LARGEST, self._read)
-            except RuntimeError:
-                pass  # a CurvatureError, or the graph cannot be passed twice, of which products say more
-        with differentiated_twice(what):
+        refuse_mistaken(loss, type(self).__name__)
+        with differentiated_twice(type(self).__name__):
             return self._by_products(loss, scale, targets)
 
-    def _read(self, target: Target, waves: Sequence[Any]) -> Tensor | None:
+    def read(self, target: Target, *waves: Any) -> Tensor | None:
         total = None
-        for sign, wave in zip((1, -1), waves, strict=True):
-            for value in () if wave is None else self._squares(wave, target):
-                total = sign * value if total is None else total.add_(value, alpha=sign)
+        for source, columns in (waves[0] or {}).items():
+            for value in self._squares(arrived({source: columns}, target), target):
+                if total is not None:
+                    total.add_(value, alpha=source.sign)
+                else:
+                    total = value if source.sign == 1 else value.neg_()
         return total
 
-    def _squares(self, wave: Any, target: Target) -> list[Tensor]:
-        found = arrived(wave, target)
-        return [squared(value) for value in (*found.samples, *found.whole, *found.diagonal)]
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def _squares(self, found: Arrived, target: Target) -> list[Tensor]:
+        return [squared(value) for value in (*found.samples, *found.whole)] + [d.h.clone() for d in found.diagonal]
 
     def _by_products(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
         gradients = torch.autograd.grad(loss, targets, scale, create_graph=True, allow_unused=True)
@@ -98,7 +116,7 @@ class DiagHessian(WholeGraph):
 
 
 @dataclass(frozen=True)
-class BatchDiagHessian(DiagHessian):
+class BatchDiagHessian(BySample, DiagHessian):
     """Exact Hessian diagonal of every sample's part of the loss, ``[N, *P]``; :class:`DiagHessian` is their sum.
 
     With the loss a sum over samples, L = Σ_n ℓ_n (a mean has the 1/N in ℓ_n). Costs and arguments as there; products
@@ -110,12 +128,8 @@ class BatchDiagHessian(DiagHessian):
 
     savefield = "diag_h_batch"
 
-    def _squares(self, wave: Any, target: Target) -> list[Tensor]:
-        samples = arrived(wave, target).owned(type(self).__name__)
-        return [] if samples is None else [samples.sample_squares()]
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a, b])
+    def _squares(self, found: Arrived, target: Target) -> list[Tensor]:
+        return [squared_by_sample(columns, target) for columns in found.parts(type(self).__name__)]
 
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor]:
         found = super().compute(loss, scale, targets)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..factor import Diagonal, Whole, at_target
-from ..persample import Dense, PerSample
+from ..persample import Dense, Outer, PerSample
 from .base import Quantity, Target
 from .waves import Source
 
@@ -25,7 +25,11 @@ class Arrived:
     diagonal: list[Diagonal]
 
     def owned(self, what: str) -> PerSample | None:
-        """The columns of the samples, if there are no others.
+        """The columns of the samples, if there are no others: those of several sources one after the other."""
+        return joined(self.parts(what))
+
+    def parts(self, what: str) -> list[PerSample]:
+        """The same source by source.
 
         Raises:
             CurvatureError: if a term of the loss that no sample owns has curvature here.
@@ -36,7 +40,7 @@ class Arrived:
                 "has curvature here. DiagGGNExact, DiagGGNMC and GGNBlock include such terms; otherwise leave "
                 "penalties to the optimizer (weight_decay), or pass samples=1"
             )
-        return joined(self.samples)
+        return self.samples
 
 
 def arrived(value: Any, target: Target) -> Arrived:
@@ -71,6 +75,13 @@ def formed(columns: PerSample, target: Target, leading: Sequence[int]) -> Tensor
         out = columns.empty(shape)
     columns.dense(out.view(*columns.size, *target.tensor.shape))
     return out
+
+
+def squared_by_sample(columns: PerSample, target: Target) -> Tensor:
+    """The diagonal of every sample's Σᵥ Sᵥ Sᵥᵀ, ``[N, *P]``."""
+    if isinstance(columns, Outer) and columns.positions == 1:
+        return formed(columns.squared(), target, columns.size[1:])
+    return columns.sample_squares()
 
 
 class BySample(Quantity):

@@ -44,10 +44,11 @@ class Source:
     """Where columns come from: those of one source belong together in all tensors that they reach.
 
     ``at`` is the same for all parts of a factor: the node; ``None``: the marks. ``token`` stands for it in results,
-    which are not to hold the graph.
+    which are not to hold the graph. They count ``sign`` times.
     """
 
     at: Any
+    sign: int = 1
     token: object = field(default_factory=object)
 
 
@@ -140,16 +141,19 @@ class Factor(Wave):
     def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
         reached = any(values is not None for values in wave)
         found: list[Any] = [{} if need and (reached or is_layer(op)) else None for need in op.needs]
-        if starts(op, reached):
-            source = Source(op.node)
-            for i, value in self._start(op, g).items():
-                found[i] = {} if value is None else {source: value}
+        for source, columns in self._sources(op, g, reached).items():
+            for i, value in columns.items():
+                found[i] = {**(found[i] or {}), **({} if value is None else {source: value})}
         for source in {source: None for values in wave if values for source in values}:
             values = [None if values is None else values.get(source) for values in wave]
-            written = Source(op.node) if any(isinstance(value, Diagonal) for value in values) else source
+            written = Source(op.node, source.sign) if any(isinstance(value, Diagonal) for value in values) else source
             for i, value in across(op, values).items():
                 found[i] = {**(found[i] or {}), source if isinstance(value, Diagonal) else written: value}
         return found
+
+    def _sources(self, op: Operation, g: Sequence[Tensor | None], reached: bool) -> dict[Source, dict[int, Any]]:
+        """What starts here, by input."""
+        return {Source(op.node): self._start(op, g)} if starts(op, reached) else {}
 
     def _start(self, op: Operation, g: Sequence[Tensor | None]) -> dict[int, Any]:
         return {i: self._columns(hessian.part(convex), op, i) for i, hessian in loss_hessian(op, g).items()}
