@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .axes import BATCH, Axis, front
 from .errors import CurvatureError
 from .hessians import DenseHessian, LossHessian, entries, tracing
 from .rules.default import quiet_vmap
-from .samples import BATCH, Axis, front
 
 MOST = 4096  # entries of a sample for which a dense Hessian is formed
 MEET = 1e-3  # relative size of entries between samples that is not rounding

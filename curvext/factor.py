@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .axes import BATCH, Axis, apart, masked
 from .errors import CurvatureError
 from .graph import Operation
 from .persample import Dense, PerSample
 from .rules.default import UNBATCHED, quiet_vmap
-from .samples import BATCH, Axis, apart, masked
 from .tangents import Above
 
 Columns = Sequence[Tensor | None]

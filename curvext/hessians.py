@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from .axes import BATCH, Axis, back, front
 from .errors import CurvatureError
-from .samples import BATCH, Axis, back, front
 
 ALL = slice(None)
 TOLERANCE = 1e-4  # negative eigenvalues below this times the largest one are rounding

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from . import registry
+from .axes import BATCH
 from .bending import Bending, derivative, twice_differentiable
 from .diagonal import bends, pass_diagonal
 from .graph import Operation
 from .hessians import DiagonalHessian, LossHessian
 from .rules.default import UNBATCHED, others_fixed
-from .samples import BATCH
 
 
 def joint(op: Operation) -> list[list[int]]:

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from . import registry
+from .axes import BATCH, Axis
 from .errors import CurvatureError
 from .graph import Edge, Graph, Operation
 from .hessians import LossHessian
 from .rules.default import check_differentiable, quiet_vmap
-from .samples import BATCH, Axis
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .axes import BATCH, Axis, State, labels, masked
 from .errors import CurvatureError
 from .factor import part, pass_columns, reduced_columns
 from .graph import Graph, Operation, edge_of
 from .persample import Dense, PerSample
-from .samples import BATCH, Axis, State, _candidates, labels, masked, probe
+from .samples import _candidates, probe
 from .sweep import Settings
 from .tangents import pass_tangents
 

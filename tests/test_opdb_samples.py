@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from curvext import CurvatureError, registry
-from curvext.samples import Axis, labels, probe
+from curvext.axes import Axis, labels
+from curvext.samples import probe
 
 from .opdb import differentiable, label, recorded
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..axes import masked
 from ..bending import MOST
 from ..diagonal import bends
 from ..errors import CurvatureError
 from ..graph import Graph, Operation
 from ..hessians import tracing
 from ..rules.default import MISTAKEN, quiet_vmap
-from ..samples import Samples, masked
+from ..samples import Samples
 from ..sources import is_dense
 from ..wave import Wave
 from .base import Quantity, Target, WholeGraph

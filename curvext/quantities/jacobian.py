@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..axes import Axis
 from ..errors import CurvatureError
 from ..graph import Edge, Operation
 from ..hessians import one_by_one
-from ..samples import Axis
 from ..sources import loss_hessian
 from ..wave import Wave
 from .base import Quantity, Target

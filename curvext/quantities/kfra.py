@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import registry
+from ..axes import Axis, back, front
 from ..errors import CurvatureError
 from ..factor import across, part, pass_columns, reduced_columns
 from ..graph import Operation
 from ..hessians import LossHessian
 from ..persample import Dense, Outer, PerSample, gram
-from ..samples import Axis, back, front
 from ..wave import Wave
 from .base import Target
 from .kronecker import Kept, sums, wide

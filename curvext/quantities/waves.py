@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..axes import BATCH, Axis, masked
 from ..errors import CurvatureError
 from ..factor import Diagonal, Whole, across, part, pass_columns, reduced_columns
 from ..graph import Edge, Operation
 from ..hessians import ALL, DiagonalHessian, LossHessian, convex
 from ..output import Output, convex_in_output
 from ..persample import Dense, PerSample
-from ..samples import BATCH, Axis, masked
 from ..sources import is_layer, loss_hessian, may_start, starts
 from ..tangents import Above
 from ..wave import Wave

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm as grouped
 
+from ..axes import BATCH, Axis, front
 from ..graph import Operation
 from ..persample import Dense, Outer, PerSample, WaveGram, over
 from ..registry import rule
-from ..samples import BATCH, Axis, front
 from .structure import pointwise_rule
 
 Waves = tuple[Tensor | None, ...] | None

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..axes import front
 from ..graph import Operation
 from ..persample import Dense, Outer, PerSample
 from ..registry import rule
-from ..samples import front
 
 Waves = Sequence[Tensor | None] | None
 

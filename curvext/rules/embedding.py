@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..axes import front, labels
 from ..graph import Operation
 from ..persample import Dense, PerSample
 from ..registry import rule
 from ..rows import Rows
-from ..samples import front, labels
 from .structure import scaling, select
 
 SUM, MEAN, MAX = range(3)  # modes of EmbeddingBag, as its node saves them

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..axes import apart
 from ..graph import Operation
 from ..persample import Dense, PerSample
 from ..registry import rule
-from ..samples import apart
 
 Waves = tuple[Tensor | None, Tensor | None, Tensor | None]
 Dims = list[int] | tuple[int, ...]

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..axes import BATCH, Axis, front
 from ..errors import CurvatureError
 from ..graph import Operation
 from ..persample import Dense, Outer, PerSample
 from ..registry import rule
-from ..samples import BATCH, Axis, front
 from .structure import decomposed
 
 Waves = Sequence[Tensor | None]

@@ -1,6 +1,6 @@
 """Where the samples of an operation's inputs are, given where those of its outputs are: rules of the wave "samples".
 
-A rule is called as ``rule(op, out, n)`` with one :class:`~curvext.samples.Axis` or ``None`` for each output, and
+A rule is called as ``rule(op, out, n)`` with one :class:`~curvext.axes.Axis` or ``None`` for each output, and
 returns the same for each input: ``None`` for an input that all samples share. It may look at shapes and at what the
 node saved, not at values. An operation without a rule is asked itself (:func:`curvext.samples.probe`): two products.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..axes import Axis, State
 from ..errors import CurvatureError
 from ..graph import Operation
 from ..registry import RULES, Layout, rule
-from ..samples import Axis, State, probe
+from ..samples import probe
 from . import activation, arithmetic, elementwise
 
 
