@@ -376,6 +376,18 @@ def test_probes_have_unit_covariance():
     torch.testing.assert_close(probes(A, 9, "sphere").norm(dim=0), torch.full((9,), 7**0.5))
 
 
+def test_probes_are_not_the_numbers_of_the_same_seed():
+    """As an operator made with ``torch.manual_seed(3)`` may consist of those."""
+    A = symmetric(torch.linspace(-1, 1, 50))
+    for kind, draw in (
+        ("gaussian", torch.randn),
+        ("rademacher", lambda n, generator: torch.randint(0, 2, (n,)) * 2 - 1),
+    ):
+        torch.manual_seed(3)
+        same = draw(50, generator=torch.default_generator)
+        assert not torch.equal(probes(A, 1, kind, seed=3).squeeze(1), same.to(A))
+
+
 def test_global_random_numbers_are_left_alone():
     before = torch.get_rng_state()
     A = decaying(30)
