@@ -27,6 +27,15 @@ from .hessians import DiagonalHessian, LossHessian
 from .rules.default import UNBATCHED, others_fixed
 
 
+#: The inputs that are multiplied; without one of them the operation is linear in the others together.
+FACTORS = {
+    "AddmmBackward0": (1, 2),
+    "BaddbmmBackward0": (1, 2),
+    "ConvolutionBackward0": (0, 1),
+    "LinearBackward0": (0, 1),
+}
+
+
 def joint(op: Operation) -> list[list[int]]:
     """The inputs that the model's output may be: those that hold samples; if none does, all."""
     groups = op.groups
@@ -35,8 +44,8 @@ def joint(op: Operation) -> list[list[int]]:
 
 def may_start(op: Operation) -> bool:
     """Whether the gradient is needed to tell if an operation is nonlinear in its inputs, taken together."""
-    if op.name == "ConvolutionBackward0" and not op.needs[0]:
-        return False  # its weight and its bias are added up
+    if not all([op.needs[i] for i in FACTORS.get(op.name, ())]):
+        return False
     return bends(op) or (len(op.edges) > 1 and len(joint(op)) > 1)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvext import GGNMP, HMP, PCHMP, BatchDiagHessian, CurvatureError, DiagHessian, extend
+from curvext import GGNMP, HMP, PCHMP, BatchDiagHessian, CurvatureError, DiagGGNExact, DiagHessian, extend, output
 
 from .dense import blocks
 from .models import Attention, Residual, cnn, mlp
@@ -82,6 +82,32 @@ def test_diagonals_by_columns(name, no_products):
     want = sample_diagonals(model, losses)
     close(computed(DiagHessian(), model, lambda: losses().sum()), [w.sum(0) for w in want])
     close(computed(BatchDiagHessian(), model, lambda: losses().sum()), want)
+
+
+@pytest.mark.parametrize("quantity", [DiagHessian(), BatchDiagHessian(), PCHMP()])
+def test_columns_come_with_the_one_backward_pass(quantity):
+    model, losses = built(BY_COLUMNS["mlp"])
+    passes = []
+    model[0].register_forward_hook(lambda module, x, y: y.register_hook(passes.append) and None)
+    computed(quantity, model, lambda: losses().sum())
+    assert len(passes) == 1
+
+
+def test_marked_outputs_are_where_the_gauss_newton_matrix_starts_only():
+    model, x, y = mlp(), torch.randn(N, 4), torch.randint(0, 3, (N,))
+    found = []
+    for marked in (output, lambda z: z):
+        with extend(model, DiagHessian(), PCHMP(), DiagGGNExact()):
+            F.cross_entropy(marked(model(x)), y).backward()
+        found.append([value for p in model.parameters() for value in (p.diag_h, p.pchmp(torch.ones(1, *p.shape)))])
+    close(*found)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "normalised"])
+def test_columns_in_parts(name):
+    model, losses = built(BY_COLUMNS[name])
+    for quantity in (DiagHessian(), BatchDiagHessian()):
+        close(*[computed(quantity, model, lambda: losses().sum(), **limit) for limit in ({}, {"max_memory": 1})])
 
 
 @pytest.mark.parametrize("products", [False, True])
