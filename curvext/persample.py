@@ -15,11 +15,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .registry import laid_out
 
 BLOCK = 1 << 18  # entries that are computed together, so that they stay in a CPU's cache
 BLOCK_GPU = 1 << 26
@@ -212,9 +213,6 @@ class Dense(PerSample):
         return Dense(apply(self.values.flatten(0, 1)).unflatten(0, self.size))
 
 
-VIEWS = {"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "AliasBackward0", "UnsqueezeBackward0"}
-
-
 def transposes(op: Any) -> bool:
     """Whether an operation swaps the two dimensions of a matrix."""
     if op.name == "PermuteBackward0":
@@ -344,7 +342,7 @@ class Outer(PerSample):
 
     def through(self, op: Any, apply: Callable[[Tensor], Tensor]) -> PerSample:
         shape = tuple(op.inputs[0].shape)
-        if op.name in VIEWS and prod(shape) == prod(self.shape):
+        if laid_out(op, "reshaped") and op.inputs[0].dtype == op.outputs[0].dtype:
             return replace(self, shape=shape)
         matrix = (self.s.shape[4], self.x.shape[3])[:: -1 if self.flipped else 1]
         if self.s.shape[2] == 1 and self.shape == matrix and transposes(op):

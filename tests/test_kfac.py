@@ -34,10 +34,11 @@ def test_linear_with_positions(setting, bias):
 
 
 def transposed_in_some_way(weight):
-    return (weight.T, weight.t(), weight.mT, weight.transpose(0, -1), weight.permute(1, 0))
+    views = (weight.T, weight.t(), weight.mT, weight.transpose(0, -1), weight.permute(1, 0))
+    return (*views, weight.clone().T, weight.T.unsqueeze(0).squeeze(0))
 
 
-@pytest.mark.parametrize("k", range(5))
+@pytest.mark.parametrize("k", range(7))
 def test_functional_layer(k):
     weight, x, y = torch.randn(3, 3, requires_grad=True), torch.randn(N, 3), classes(N)
 
