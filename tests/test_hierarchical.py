@@ -6,10 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx, fixture, mark, raises
-from torch import nn
+from torch import Tensor, nn
 
 from curvext import CurvatureError
 from curvext.hierarchical.tree import ClusterTree
@@ -37,7 +37,16 @@ class TestTree:
         assert ClusterTree(space, order="column").permutation.tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
         assert ClusterTree(space, order="flat").permutation is None
 
+    def test_cells_of_space(self):
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        order = ClusterTree(16, 4, places.float()).permutation
+        assert {tuple(sorted(cell)) for cell in order.view(4, 4).tolist()} == {
+            (0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15)
+        }  # fmt: skip
+
     def test_refused(self):
+        with raises(ValueError, match="permutation"):
+            ClusterTree(3, order=torch.ones(2, 2))
         with raises(ValueError, match="permutation"):
             ClusterTree(3, order=[0, 1, 1])
         with raises(ValueError, match="there are"):
@@ -56,6 +65,14 @@ class TestPeeling:
         assert h.error == approx(error(h.to_dense(), a.matrix), rel=0.35)
         assert h.products == a.products <= len(a.matrix)
         assert h.bytes == 8 * h.tree.size * (sum(h.ranks) + h.tree.leaf)
+
+    @mark.slow
+    @mark.parametrize(("tolerance", "floats"), [(0.1, 30), (1e-2, 40), (1e-3, 50), (1e-4, 60), (1e-5, 75), (1e-6, 85)])
+    def test_four_thousand(self, tolerance, floats):
+        a = kernel(4096)
+        h = build(a, tolerance, leaf=16)
+        assert error(h.to_dense(), a) <= tolerance
+        assert h.bytes <= 8 * 4096 * floats and h.products <= 350
 
     def test_products_by_the_formula(self):
         a = kernel(2000)
@@ -111,6 +128,35 @@ class TestPeeling:
         assert all(torch.equal(*both) for both in zip(*draws, strict=True))
 
 
+class Field:
+    """exp(-10 r) between the points of a grid in the unit square, by products alone."""
+
+    def __init__(self, side: int):
+        i = torch.arange(2 * side)
+        d = torch.minimum(i, 2 * side - i) / side
+        self.spectrum = torch.fft.rfft2(torch.exp(-10 * (d[:, None] ** 2 + d**2).sqrt()))
+        self.shape, self.dtype, self.device = (side**2, side**2), d.dtype, d.device
+        self.places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        side, wide = len(self.spectrum) // 2, self.spectrum.shape[:1] * 2
+        x = torch.fft.rfft2(v.T.reshape(-1, side, side), wide)
+        return torch.fft.irfft2(x * self.spectrum, wide)[:, :side, :side].flatten(1).T.contiguous()
+
+
+def test_growth_in_two_dimensions():
+    """Ranks at the top are those of a line through the plane; cells of space have half the floats of rows."""
+    fields = [Field(side) for side in (16, 32, 64)]
+    cells, rows = (
+        [build(a, 1e-2, order=a.places if by_place else "flat", max_products=10**4) for a in fields]
+        for by_place in (True, False)
+    )
+    exponents = [math.log2(built[-1].bytes / built[0].bytes) / 4 for built in (cells, rows)]
+    assert exponents[0] <= 1.3 < exponents[1] and cells[-1].bytes <= 0.6 * rows[-1].bytes
+    v = torch.randn(1024, 16)
+    assert error(cells[1] @ v, fields[1] @ v) <= 1.3e-2
+
+
 class TestNested:
     """One batch of products, whatever n is."""
 
@@ -137,6 +183,8 @@ class TestNested:
         a = kernel(1000)
         h = build(a, max_bytes=8 * 1000 * 64, format="nested")
         assert h.bytes <= 8 * 1000 * 64 and error(h.to_dense(), a) <= 5e-5
+        rank = 8 * 1000 * 64 // 8 // h.tree.size - h.tree.leaf
+        assert h.products == 2 * 16 + max(h.tree.leaf, 2 * rank) + rank + 10
         assert build(Counting(kernel(30)), 0.1, format="nested").products == 30
 
 
@@ -248,6 +296,7 @@ class TestPositive:
         assert error(p.to_dense(), torch.linalg.inv(damped)) < 1e-5
         assert h.factor(3.0).added == 0
 
+    @settings(max_examples=200)
     @given(n=st.integers(20, 90), rank=st.integers(1, 90), kept=st.integers(0, 40), seed=st.integers(0, 10**6))
     def test_compensated_truncation(self, n, rank, kept, seed):
         """A ≤ P ≤ A + 2 slack, so that P + δI is positive definite and a good preconditioner, whatever is left out."""
@@ -259,7 +308,9 @@ class TestPositive:
         assert sum(small.ranks) <= kept
         gap = torch.linalg.eigvalsh(small.to_dense() - a)
         assert gap[0] >= -1e-8 and gap[-1] <= 2 * small.slack + 1e-8
-        small.factor(shift)
+        root = torch.linalg.cholesky(small.factor(shift).to_dense())
+        ratios = torch.linalg.eigvalsh(root.T @ (a + shift * torch.eye(n)) @ root)
+        assert ratios[-1] <= 1 + 1e-4 and ratios[0] >= (1 - 1e-4) / (1 + 2 * small.slack / shift)
 
     def test_preconditions(self):
         a, b, shift = kernel(1000), torch.randn(1000), 1e-3

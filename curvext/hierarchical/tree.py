@@ -21,8 +21,9 @@ class ClusterTree:
         n: the number of indices, or the :class:`~curvext.operators.Space` of parameters.
         leaf: the largest leaf; leaves are of ``ceil(n / 2^depth)`` entries, so that padding is below one entry a leaf.
         order: for parameters: ``"row"``, by module, output unit, inputs, a bias next to its unit's weights;
-            ``"column"``, by module and input unit; ``"flat"``, as they are. For both: ``"random"``, to compare with, or
-            a permutation ``[n]``: the indices in the order of the tree.
+            ``"column"``, by module and input unit; ``"flat"``, as they are. For both: ``"random"``, to compare with; a
+            permutation ``[n]``: the indices in the order of the tree; or where each of them is in space, ``[n, D]``:
+            then nodes are cells of space (Morton's order).
     """
 
     def __init__(self, n: int | Space, leaf: int = 32, order: str | Tensor | Sequence[int] = "row"):
@@ -65,11 +66,14 @@ class ClusterTree:
 def _permutation(n: int | Space, order: str | Tensor | Sequence[int]) -> Tensor | None:
     size = n if isinstance(n, int) else n.size
     if not isinstance(order, str):
-        return _checked(torch.as_tensor(order), size)
+        order = torch.as_tensor(order)
+        return _checked(_along_curve(order) if order.dim() == 2 else order, size)
     if order == "random":
         return torch.randperm(size, generator=torch.Generator().manual_seed(0))
     if order not in ("row", "column", "flat"):
-        raise ValueError(f"ClusterTree: order {order!r}; there are 'row', 'column', 'flat', 'random' and permutations")
+        raise ValueError(
+            f"ClusterTree: order {order!r}; there are 'row', 'column', 'flat', 'random', permutations and places"
+        )
     if isinstance(n, int) or order == "flat":
         return None
     return torch.cat(list(_by_module(n, order)))
@@ -79,6 +83,19 @@ def _checked(order: Tensor, size: int) -> Tensor:
     if order.shape != (size,) or not torch.equal(order.sort().values.cpu(), torch.arange(size)):
         raise ValueError(f"ClusterTree: order {tuple(order.shape)} is not a permutation of {size} indices")
     return order
+
+
+def _along_curve(places: Tensor) -> Tensor:
+    """By the bits of all coordinates in turn, the highest first, so that half of the indices are half of space."""
+    dimensions = places.shape[1]
+    bits = min(62 // dimensions, 30)
+    inside = (places - places.amin(0)).double()
+    x = (inside / inside.max().clamp(min=1e-300) * ((1 << bits) - 1)).long()
+    code = torch.zeros_like(x[:, 0])
+    for bit in range(bits):
+        for dimension in range(dimensions):
+            code |= ((x[:, dimension] >> bit) & 1) << (bit * dimensions + dimension)
+    return code.argsort(stable=True)
 
 
 def _by_module(space: Space, order: str) -> list[Tensor]:
