@@ -139,7 +139,7 @@ class KroneckerPreconditioner(Approximation):
 class HierarchicalPreconditioner(Approximation):
     """(Â + δ I)⁻¹, Â a :class:`~curvext.operators.HierarchicalOperator` of the curvature, from products alone.
 
-    They are many (about 70 for 32 floats a parameter of low rank; hundreds for blocks), so keep Â for several steps by
+    They are many (about 170 for 32 floats a parameter of low rank; hundreds for blocks), so keep Â for several steps by
     :class:`~curvext.optim.Lagged`. Where Â + δ I is not positive definite, the least multiple of I is added that makes
     it so.
 
