@@ -64,6 +64,7 @@ def test_exponents(benchmark):
 
 def test_the_best_are_bold(benchmark):
     columns = [[0.5, 3e-16], [0.46, 1e-16], [None, 2.0]]
+    assert benchmark.best([[7], [7]], str, most=6) == ["7", "7"]
     assert benchmark.best(columns, str, 1e-12) == ["**0.5** / **3e-16**", "**0.46** / **1e-16**", "- / 2.0"]
 
 
