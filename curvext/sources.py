@@ -26,7 +26,6 @@ from .graph import Operation
 from .hessians import DiagonalHessian, LossHessian
 from .rules.default import UNBATCHED, others_fixed
 
-
 #: The inputs that are multiplied; without one of them the operation is linear in the others together.
 FACTORS = {
     "AddmmBackward0": (1, 2),

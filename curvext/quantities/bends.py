@@ -24,6 +24,7 @@ from ..sources import loss_hessian
 from .waves import Factor, Source
 
 PARTS: dict[str, tuple[tuple[int, Callable[[Tensor], Tensor]], ...]] = {
+    "all": ((1, lambda b: b),),
     "signed": ((1, positive), (-1, negative)),
     "positive": ((1, positive),),
     "abs": ((1, torch.abs),),
@@ -36,7 +37,7 @@ class BendFactor(Factor):
 
     Args:
         part: ``"signed"``: those of the positive and, with sign -1, of the negative eigenvalues, which make H;
-            ``"positive"``: the former alone; ``"abs"``: all count as positive.
+            ``"positive"``: the former alone; ``"abs"``: all count as positive; ``"all"``: B as it is, without columns.
     """
 
     part: str = "signed"
@@ -72,6 +73,15 @@ class BendFactor(Factor):
             if columns:
                 found[Source(op.node, sign)] = columns
         return found
+
+
+def exact(operations: Sequence[Operation]) -> bool:
+    """Whether blocks of H are had from the columns."""
+    try:
+        BendFactor().check(operations)
+    except CurvatureError:
+        return False
+    return True
 
 
 def _leaves(operations: Sequence[Operation]) -> dict[Node, int]:

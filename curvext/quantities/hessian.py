@@ -23,7 +23,7 @@ from ..samples import Samples
 from ..sources import is_dense
 from ..wave import Wave
 from .base import Quantity, Target, WholeGraph
-from .bends import BendFactor
+from .bends import BendFactor, exact
 from .readings import Arrived, BySample, arrived, squared, squared_by_sample
 
 
@@ -64,11 +64,7 @@ class DiagHessian(WholeGraph, Quantity):
         sizes = {op: max(prod(meta.shape) for meta in op.outputs) // op.n_samples for op in operations if bends(op)}
         if sum(sizes.values()) >= 2 * sum(t.numel() for t in targets):  # a product costs about two columns
             return False
-        try:
-            BendFactor().check(operations)
-        except CurvatureError:
-            return False
-        return not any([size > MOST and is_dense(op) for op, size in sizes.items()])
+        return exact(operations) and not any([size > MOST and is_dense(op) for op, size in sizes.items()])
 
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
         refuse_mistaken(loss, type(self).__name__)

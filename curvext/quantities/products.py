@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..graph import Edge
+from ..graph import Edge, Operation
+from ..sources import is_dense, may_start
 from ..tangents import Above, Path, pull
 from ..wave import Wave
 from .base import Quantity, Saved, Target, WholeGraph
-from .bends import BendFactor
+from .bends import BendFactor, exact
 from .hessian import differentiated_twice, refuse_mistaken
 from .waves import Factor
 
@@ -135,18 +136,26 @@ class PCHMP(_OfHessians):
 
 
 @dataclass(frozen=True)
-class HMP(_Products, WholeGraph):
+class HMP(_OfHessians, WholeGraph):
     """Products with the parameter's block of the Hessian: ``p.hmp(v)`` for v ``[V, *P]``; exact on any graph.
 
-    The function differentiates the gradient once more: the graph of loss and gradient stays in memory as long as one
-    of the functions does, so delete them (``del p.hmp``) when they are no longer needed; a new block does.
+    H v = Σ JᵀBJ v over all operations that bend (:mod:`curvext.quantities.bends`), where each of them has a B in closed
+    form and that is exact; elsewhere the gradient is differentiated once more. The graph stays in memory as long as one
+    of the functions does, as with :class:`GGNMP`.
 
     Raises:
         CurvatureError: if an operation of the graph cannot be differentiated twice, or PyTorch does so wrongly.
     """
 
     savefield = "hmp"
-    retains: ClassVar[bool] = True
+
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        return (BendFactor("none", part="all"),)
+
+    def rides(self, operations: Sequence[Operation] | None, targets: Sequence[Tensor]) -> bool:
+        """Whether no B has to be formed."""
+        return bool(operations) and exact(operations) and not any([may_start(op) and is_dense(op) for op in operations])
 
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> list[Any]:
         refuse_mistaken(loss, "HMP")
