@@ -72,6 +72,17 @@ def test_a_field_is_solved_in_three_iterations():
     assert said(optimizer)["solver"] == "steps"
 
 
+def test_short_solves_with_a_preconditioner_do_not_start_the_damping_again():
+    """Without one, they would tell of a damping that has wound up."""
+    problem = Field(100)
+    optimizer = NewtonCG([problem.p], preconditioner=Lagged(blocks(100)), damping=LevenbergMarquardt(), lr=0.5)
+    optimizer.carried["damping"] = 50.0
+    for step in range(4):
+        optimizer.step(problem)
+        assert said(optimizer)["iterations"] == 1
+        assert said(optimizer)["damping"] == pytest.approx(50 * (2 / 3) ** step)
+
+
 def test_computed_anew_where_the_curvature_is_another():
     """The solver loses more than Â took, then Â is computed, and it is fast again."""
     problem = Field(300)

@@ -16,7 +16,7 @@ from .lagged import Lagged
 from .objective import Objective
 from .point import Point, Products
 from .precondition import Preconditioner, by_name
-from .search import Found, LineSearch, Report
+from .search import LineSearch, Report
 from .stored import StoredGaussNewton
 
 
@@ -90,7 +90,7 @@ class GaussNewtonCG(KrylovOptimizer):
         name = f"Gauss-Newton ({solution.reason})"
         found = objective.search(point, self.line_search, {name: d, "steepest descent": -g})
         ratio = found.ratio(point, float(g.dot(α * d)), κ) if found.name == name else -torch.inf
-        self._damp(λ, ratio, found, solution.steps)
+        self._damp(λ, ratio, found.step.size, solution.steps)
         details = {"damping": λ, "ratio": ratio, "curvature": κ, "solver": solution.reason,
                    "jacobian": "stored" if isinstance(G, StoredGaussNewton) else "products", **said}  # fmt: skip
         return found.report(point, curved.products, **details)
@@ -110,10 +110,6 @@ class GaussNewtonCG(KrylovOptimizer):
             return products
         self.carried["stored"] = True
         return stored
-
-    def _damp(self, λ: float, ratio: float, found: Found, steps: int) -> None:
-        short = self.carried["short"] = self.carried.get("short", 0) + 1 if steps <= 1 else 0
-        self.carried["damping"] = self.damping(λ, ratio, step=found.step.size, short=short)
 
 
 def _bytes(point: Point) -> int:

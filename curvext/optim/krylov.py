@@ -40,3 +40,9 @@ class KrylovOptimizer(ClosureOptimizer):
         if isinstance(given, Lagged) and kept is not None:
             self.state[first] = {**self.state[first], "kept": given.used(kept, solution.steps)}
         return solution, {**details, "iterations": solution.steps}
+
+    def _damp(self, damping: float, ratio: float, size: float, steps: int) -> None:
+        """The damping of the next step; solves of one step tell of too much of it where no preconditioner helps."""
+        short = self.carried.get("short", 0) + 1 if steps <= 1 and self.preconditioner is None else 0
+        self.carried["short"] = short
+        self.carried["damping"] = self.damping(damping, ratio, step=size, short=short)

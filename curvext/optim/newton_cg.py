@@ -91,18 +91,12 @@ class NewtonCG(KrylovOptimizer):
         if self.damping is not None:
             ratio = found.ratio(point, slope, κ) if found.name == name else -math.inf
             details["ratio"] = ratio
-            self._damp(δ, ratio, found.step.size, solution.products)
+            self._damp(δ, ratio, found.step.size, solution.steps)
         return found.report(point, curved.products, **details)
 
     def _model(self, A: Products, d: Tensor, g: Tensor) -> tuple[float, float]:
         """gᵀd and dᵀA d, where the damping rule needs them."""
         return (float(g.dot(d)), float(d.dot(A @ d))) if self.damping is not None else (0.0, 0.0)
-
-    def _damp(self, δ: float, ratio: float, size: float, products: int) -> None:
-        assert self.damping is not None
-        short = self.carried.get("short", 0) + 1 if products <= 1 else 0
-        self.carried["short"] = short
-        self.carried["damping"] = self.damping(δ, ratio, step=size, short=short)
 
 
 def direction(solution: Solution, g: Tensor, always: bool) -> tuple[str, Tensor]:

@@ -28,7 +28,7 @@ class Objective:
     Attributes:
         parameters: those that require a gradient, over all groups.
         space: their shapes.
-        names: the same with the names that the optimizer was given; ``None`` without.
+        domain: the same by the names that the optimizer was given; ``None`` without.
         evaluations: of the closure, so far.
     """
 
@@ -43,7 +43,7 @@ class Objective:
         if len({bool(group["maximize"]) for _, group in rows}) > 1:
             raise ValueError(f"{type(optimizer).__name__}: maximize must be the same in all groups")
         self.space = Space.of({str(i): p for i, p in enumerate(self.parameters)})
-        self.names = self._names(optimizer.param_groups)
+        self.domain = self._domain(optimizer.param_groups)
         self.sign = -1.0 if rows[0][1]["maximize"] else 1.0
         self.decay, self.lr = self._spread(rows, "weight_decay"), self._spread(rows, "lr")
         self.start = self.flat(self.parameters)
@@ -58,7 +58,7 @@ class Objective:
         return torch.cat([torch.full((p.numel(),), float(g[name]), dtype=p.dtype, device=p.device) for p, g in rows])
 
     @staticmethod
-    def _names(groups: Sequence[dict[str, Any]]) -> Space | None:
+    def _domain(groups: Sequence[dict[str, Any]]) -> Space | None:
         if "param_names" not in groups[0]:
             return None
         pairs = [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]

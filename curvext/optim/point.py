@@ -96,7 +96,7 @@ class Products(Operator):
 
     def __init__(self, point: Point, kind: str):
         self.point, self.kind = point, kind
-        theta, self.domain = point.theta, point.objective.names
+        theta, self.domain = point.theta, point.objective.domain
         self.image, self.shape, self.dtype, self.device = self.domain, (len(theta),) * 2, theta.dtype, theta.device
 
     def _apply(self, v: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class HierarchicalPreconditioner(Approximation):
                 "leaf": found.tree.leaf, "error": error}  # fmt: skip
 
     def _operator(self, approximation: Mapping[str, Any], objective: Objective) -> HierarchicalOperator:
-        space = len(objective.start) if objective.names is None else objective.names
+        space = len(objective.start) if objective.domain is None else objective.domain
         tree = ClusterTree(space, approximation["leaf"], self.order)
         parts = [approximation[name] for name in ("levels", "leaves", "basis", "values")]
         return HierarchicalOperator(tree, *parts)
