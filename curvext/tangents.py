@@ -71,7 +71,7 @@ class Path:
     def down(self, u: Mapping[Edge, Tensor]) -> Tensor | None:
         """Σ Jᵀu of what the ends have, ``[V, *shape]``."""
         edges: list[Any] = [GradientEdge(*edge) for edge in u]
-        return pull(edges, [GradientEdge(*self.edge)], list(u.values()))[0]
+        return None if not u else pull(edges, [GradientEdge(*self.edge)], list(u.values()))[0]
 
 
 def pull(outputs: Sequence[Any], inputs: Sequence[Any], u: Sequence[Tensor]) -> list[Tensor | None]:

@@ -284,6 +284,28 @@ def test_products_where_the_loss_is_linear_are_zero():
         assert not curvature[quantity.savefield]["w"](torch.randn(4, 3, 2)).any()
 
 
+class Halved(torch.autograd.Function):
+    """A backward that leaves no graph, as if written in NumPy."""
+
+    forward = staticmethod(lambda ctx, x: x / 2)
+    backward = staticmethod(lambda ctx, g: g.detach() / 2)
+
+
+def test_products_refuse_what_they_cannot_push_a_direction_through():
+    w, x, y = torch.randn(3, 4, requires_grad=True), torch.randn(N, 4), torch.randint(0, 3, (N,))
+    with extend({"w": w}, GGNMP()):
+        F.cross_entropy(Halved.apply(x @ w.T), y).backward()
+    with pytest.raises(CurvatureError, match=r"Halved.*tangent rule"):
+        w.ggnmp(torch.ones(1, 3, 4))
+
+
+def test_a_product_where_no_direction_gets_through_is_zero():
+    w = torch.randn(3, 4, requires_grad=True)
+    with extend({"w": w}, GGNMP()):
+        (torch.randn(N, 4) @ w.T).pow(0).square().sum().backward()
+    assert not w.ggnmp(torch.ones(1, 3, 4)).any()
+
+
 def test_a_product_tells_what_is_wrong_with_its_argument():
     model, losses = built(BY_COLUMNS["mlp"])
     with extend(model, GGNMP()):

@@ -155,7 +155,9 @@ class HMP(_OfHessians, WholeGraph):
 
     def rides(self, operations: Sequence[Operation] | None, targets: Sequence[Tensor]) -> bool:
         """Whether no B has to be formed."""
-        return bool(operations) and exact(operations) and not any([may_start(op) and is_dense(op) for op in operations])
+        if not operations or any([may_start(op) and is_dense(op) for op in operations]):
+            return False
+        return exact(operations)
 
     def compute(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> list[Any]:
         refuse_mistaken(loss, "HMP")
