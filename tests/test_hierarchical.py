@@ -334,6 +334,14 @@ class TestUpdates:
         assert error(more.compressed(1e-2).to_dense(), want) <= 1e-2
         assert sum(more.compressed(1e-2).ranks) < sum(more.ranks)
 
+    @mark.parametrize("format", ["lowrank", "adaptive"])
+    def test_low_rank_where_there_are_no_levels(self, a, format):
+        x, c = torch.randn(400, 3), torch.tensor([1.0, -2.0, 0.5])
+        h = build(a, 0.3, format=format)
+        assert error(h.add_low_rank(x, c).to_dense(), h.to_dense() + (x * c) @ x.T) <= 1e-12
+        with raises(ValueError, match="different formats"):
+            h.averaged(build(a, 0.3), 0.5)
+
     def test_average(self, a):
         old, new = build(a, 1e-6), build(a @ a / 400, 1e-6)
         want = 0.9 * old.to_dense() + 0.1 * new.to_dense()

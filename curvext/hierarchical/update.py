@@ -67,7 +67,7 @@ def _slack(spectra: list[Tensor], keep: list[int], leaves: Tensor) -> Tensor:
 def plus(a: HierarchicalOperator, b: HierarchicalOperator, factor_a: float, factor_b: float) -> HierarchicalOperator:
     """``factor_a A + factor_b B`` over the same tree, with the ranks of both."""
     if a.tree != b.tree or len(a.levels) != len(b.levels):
-        raise ValueError(f"operators over different trees: {a.tree} and {b.tree}")
+        raise ValueError(f"operators over different trees or of different formats: {a.tree} and {b.tree}")
     both = enumerate(zip(a.levels, b.levels, strict=True), 1)
     levels = [torch.cat([scaled(f, level, factor_a), scaled(g, level, factor_b)], 1) for level, (f, g) in both]
     leaves = factor_a * a.leaves + factor_b * b.leaves
@@ -78,8 +78,12 @@ def plus(a: HierarchicalOperator, b: HierarchicalOperator, factor_a: float, fact
 
 
 def with_low_rank(operator: HierarchicalOperator, x: Tensor, values: Tensor) -> HierarchicalOperator:
-    """A + X diag(values) Xᵀ, in the blocks of the tree."""
+    """A + X diag(values) Xᵀ, in the blocks of the tree, or where there are none across the whole."""
     x = operator.tree.enter(x)
+    if len(operator.levels) < operator.tree.depth:
+        wider = operator.with_parts(operator.levels, operator.leaves)
+        wider.basis, wider.values = torch.cat([operator.basis, x], 1), torch.cat([operator.values, values])
+        return wider
     root = values.abs().sqrt()
     levels = []
     for level, f in enumerate(operator.levels, 1):
