@@ -170,8 +170,8 @@ class TestAuto:
 
     def test_counts_its_steps(self):
         a = Counting(positive(100) / 100)
-        h = build(a, max_bytes=8 * 100 * 20, format="auto", shift=0.1, max_products=500)
-        assert h.products == a.products
+        h = build(a, max_bytes=8 * 100 * 8, format="auto", shift=0.02, max_products=200)
+        assert h.products == a.products > 200 and 0 < h.error < 1
 
     def test_shift_is_for_auto(self):
         with raises(ValueError, match="shift"):
@@ -183,4 +183,4 @@ def assert_no_worse(a: Dense, shift: float, rows: int) -> None:
     best = build(a, max_bytes=bytes, format="auto", shift=shift, max_products=10**4)
     other = build(a, max_bytes=bytes, format="lowrank", max_products=10**4)
     steps = [cg(a, b, damping=shift, preconditioner=h.factor(shift, True), tolerance=1e-6).steps for h in (best, other)]
-    assert steps[0] <= 1.1 * steps[1] and best.bytes <= bytes
+    assert steps[0] <= 1.1 * steps[1] and best.bytes <= bytes and best.error < 1

@@ -87,12 +87,8 @@ def _least(levels: list[Level], norm: float, tolerance: float | None, floats: in
     for _ in range(40):
         mu = (low * high) ** 0.5
         plan = _plan(levels, mu)
-        if floats is None:
-            good = plan.missing <= (tolerance or 0.0) ** 2 * norm
-            low, high = (mu, high) if good else (low, mu)
-        else:
-            good = plan.floats <= floats
-            low, high = (low, mu) if good else (mu, high)
+        good = plan.missing <= (tolerance or 0.0) ** 2 * norm if floats is None else plan.floats <= floats
+        low, high = (mu, high) if good == (floats is None) else (low, mu)
         best = plan if good else best
     return best
 
@@ -123,10 +119,15 @@ def _choices(levels: list[Level], wins: list[Tensor], mu: float) -> Plan:
     return Plan(ranks, dense, missing, floats + float((levels[-1].entries * dense).sum()))
 
 
+def _places(chosen: Tensor, mirrored: bool) -> Tensor:
+    """Off the diagonal, or on it, ``[2, B]``."""
+    return (chosen.triu(1) if mirrored else chosen.diagonal().diag()).nonzero().int().mT
+
+
 def _low_rank(a: Tensor, level: int, ranks: Tensor) -> Iterator[Blocks]:
     """Blocks of 1, 2, 4, ... columns, so that few batches hold all ranks without padding."""
     for mirrored in (False, True):
-        i, j = places = (ranks.triu(1) if mirrored else ranks.diagonal().diag()).clamp(min=0).nonzero().int().mT
+        i, j = places = _places(ranks > 0, mirrored)
         if not len(i):
             continue
         rank = ranks[i, j]
@@ -157,6 +158,6 @@ def _columns(x: Tensor, which: Tensor) -> Tensor:
 
 def _dense(a: Tensor, level: int, chosen: Tensor) -> Iterator[Blocks]:
     for mirrored in (False, True):
-        i, j = places = (chosen.triu(1) if mirrored else chosen.diagonal().diag()).nonzero().int().mT
+        i, j = places = _places(chosen, mirrored)
         if len(i):
             yield Blocks(level, places, (_nodes(a, level)[i, j],), mirrored)

@@ -50,8 +50,8 @@ class Blocks:
 
     def scaled(self, factor: float) -> Blocks:
         """``factor`` times them."""
-        *first, last = self.factors if len(self.factors) == 1 else self.factors[:2]
-        return replace(self, factors=(*first, factor * last, *self.factors[2:]))
+        middle = len(self.factors) // 2  # c, or the entries
+        return replace(self, factors=tuple(factor * f if i == middle else f for i, f in enumerate(self.factors)))
 
     def to(self, move: Callable[[Tensor], Tensor]) -> Blocks:
         """With their entries moved."""

@@ -57,6 +57,7 @@ def approximate(
         leaf: entries of a leaf; 32 (adaptive 16), or less where ``max_bytes`` are few.
         shift: for ``"auto"``, where ``result.factor(shift)`` is to precondition: of the formats that can be factored,
             the one that takes the fewest steps of conjugate gradients on A + shift I, for a random right-hand side.
+            Each step is a product, on top of ``max_products``.
         generator: of random numbers.
 
     Entries are those of a tensor, or ``operator.entries(rows, columns)`` of slices or indices, in the operator's order
@@ -315,6 +316,7 @@ def _fewest_steps(source: Source, results: list[HierarchicalOperator], shift: fl
         if steps < least:
             best, least = result, steps
     if best.error is None:
+        source.limit = source.products + PROBES
         probes = Probes(source)
         best.error, best.scale = probes.error(best), probes.scale
     return best
