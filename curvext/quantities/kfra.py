@@ -47,7 +47,7 @@ class Placed:
     def gram(self, labels: Outer, scales: Outer) -> Tensor:
         """Σ_t of the diagonal blocks of M, ``[G, O, O]``."""
         s, scale = labels.s[0, 0], scales.s[0, 0]
-        if s.numel() == len(self.m):  # at one position, all entries in order
+        if s.shape[2] == len(self.m):  # one group at one position: all entries in order
             by = scale.flatten().to(self.m.dtype)
             return (by.outer(by) * self.m).unsqueeze(0)
         index = torch.where(scale == 0, 0, s / scale).round().long()  # 0: nothing, where a map was padded
