@@ -21,7 +21,7 @@ def peak_bytes(call: Callable[[], object], forget: Callable[[], object]) -> int:
     """
     call()  # what is made once and kept is not this call's
     forget()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         call()
     live = peak = 0
     for _, size in sorted(_allocations(record)):

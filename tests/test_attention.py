@@ -28,12 +28,17 @@ def leaves(b=2, heads=4, shared=2, t=5, s=6, e=8, f=8, **options):
     }
 
 
+def drawn(y):
+    """A gradient and a wave at y, in every precision the same numbers."""
+    torch.manual_seed(1)
+    return torch.randn(2, *y.shape, dtype=torch.float32).to(y)
+
+
 def waves(tensors, attend, gauss_newton=False):
     """The diagonal waves that random ones at the output lead to, by name; no kernel's backward pass is run."""
     tensors = {name: x for name, x in tensors.items() if x is not None}
     y = attend(**tensors)
-    torch.manual_seed(1)
-    g, h = torch.randn_like(y), torch.randn_like(y)
+    g, h = drawn(y)
     targets = {edge_of(x): name for name, x in tensors.items() if x.requires_grad}
     (op,) = Graph([edge_of(y)[0]]).operations(targets, Settings())
     got = pass_diagonal(op, None if gauss_newton else [g], [h])
@@ -43,8 +48,7 @@ def waves(tensors, attend, gauss_newton=False):
 def unfused_waves(tensors, gauss_newton=False, **options):
     """The same through the unfused form."""
     y = unfused(*tensors.values(), **options)
-    torch.manual_seed(1)
-    g, h = torch.randn_like(y), torch.randn_like(y)
+    g, h = drawn(y)
     got = through([y], list(tensors.values()), None if gauss_newton else [g], [h], Settings(enumerate_up_to=EXACT))
     return {
         name: wave for (name, x), wave in zip(tensors.items(), got, strict=True) if x is not None and x.requires_grad

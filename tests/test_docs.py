@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 import curvext
 from curvext.support import page
@@ -44,6 +46,7 @@ def test_doctests(name):
     assert doctest.testmod(import_module(name)).failed == 0
 
 
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="PyTorch 2.13 has operations that others have not")
 def test_support_table_is_generated():
     assert (ROOT / "docs" / "support.md").read_text(encoding="utf-8") == page(), "run `make docs`"
 

@@ -44,7 +44,8 @@ def _followed_by(function, rest):
 
 
 for _name in UNARY.split():
-    _add(f"foreach_{_name}", getattr(torch, f"_foreach_{_name}"), 1)
+    if hasattr(torch, f"_foreach_{_name}"):  # not all are in 2.11
+        _add(f"foreach_{_name}", getattr(torch, f"_foreach_{_name}"), 1)
 for _name, _variants in OTHERS.items():
     for _k, _variant in enumerate(_variants):
         _lists = _variant.count("L") if isinstance(_variant, str) else 0
