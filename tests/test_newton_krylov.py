@@ -302,6 +302,8 @@ def test_refused():
     for settings in ({"solver": "lsmr"}, {"solver": "minres", "negative": "absolute"}):
         with pytest.raises(ValueError, match="solver"):
             NewtonCG(Net().parameters(), **settings)
+    with pytest.raises(ValueError, match="adaptive"):
+        HierarchicalPreconditioner(format="adaptive")
     with pytest.raises(CurvatureError, match="more than 40 products"):
         NewtonCG(Net().parameters(), preconditioner=HierarchicalPreconditioner(max_products=40)).step(problem(Net()))
     model, negative = Net(), lambda point, damping: -torch.ones(len(point.theta))

@@ -66,6 +66,10 @@ class DiagonalPreconditioner(Approximation):
     power: float = 1.0
     floor: float = 1e-3
 
+    def __post_init__(self) -> None:
+        if self.format not in FACTORED:
+            raise ValueError(f"HierarchicalPreconditioner: format={self.format!r}: one of {', '.join(FACTORED)}")
+
     def approximate(self, point: Point, damping: float) -> Tensor:
         """|d| ``[P]``."""
         found = point.quantities(self.quantity, generator=_fixed(point))
@@ -116,6 +120,10 @@ class KroneckerPreconditioner(Approximation):
     pi: bool = True
     floor: float = 1e-3
 
+    def __post_init__(self) -> None:
+        if self.format not in FACTORED:
+            raise ValueError(f"HierarchicalPreconditioner: format={self.format!r}: one of {', '.join(FACTORED)}")
+
     def approximate(self, point: Point, damping: float) -> list[list[Tensor]]:
         """The factors of every parameter."""
         factors = point.quantities(self.quantity, generator=_fixed(point))[self.quantity.savefield]
@@ -133,6 +141,9 @@ class KroneckerPreconditioner(Approximation):
         mean = block.trace() / block.shape[0]
         shift = torch.maximum(shift.flatten()[0].to(mean), self.floor * mean)
         return block.inverse(torch.where(shift + mean > 0, shift, torch.ones_like(shift)), self.pi)
+
+
+FACTORED = ("lowrank", "hodlr", "nested", "auto")
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,9 @@ class HierarchicalPreconditioner(Approximation):
         curvature: ``"gauss_newton"``, whatever the optimizer's own matrix is, or ``"hessian"``.
         max_products: refused beyond; P if not given, and at least 256.
         floor: δ is at least this fraction of the mean size of Â's diagonal.
+
+    Raises:
+        ValueError: for another format; ``"adaptive"`` blocks have no factorization.
     """
 
     tolerance: float | None = None
@@ -162,6 +176,10 @@ class HierarchicalPreconditioner(Approximation):
     curvature: str = "gauss_newton"
     max_products: int | None = None
     floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.format not in FACTORED:
+            raise ValueError(f"HierarchicalPreconditioner: format={self.format!r}: one of {', '.join(FACTORED)}")
 
     def approximate(self, point: Point, damping: float) -> dict[str, Any]:
         """What the operator is made of, and the error that later ones are compared with: 1 % or more."""
