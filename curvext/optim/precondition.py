@@ -66,10 +66,6 @@ class DiagonalPreconditioner(Approximation):
     power: float = 1.0
     floor: float = 1e-3
 
-    def __post_init__(self) -> None:
-        if self.format not in FACTORED:
-            raise ValueError(f"HierarchicalPreconditioner: format={self.format!r}: one of {', '.join(FACTORED)}")
-
     def approximate(self, point: Point, damping: float) -> Tensor:
         """|d| ``[P]``."""
         found = point.quantities(self.quantity, generator=_fixed(point))
@@ -119,10 +115,6 @@ class KroneckerPreconditioner(Approximation):
     quantity: Any = KFLR()  # noqa: RUF009
     pi: bool = True
     floor: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.format not in FACTORED:
-            raise ValueError(f"HierarchicalPreconditioner: format={self.format!r}: one of {', '.join(FACTORED)}")
 
     def approximate(self, point: Point, damping: float) -> list[list[Tensor]]:
         """The factors of every parameter."""
