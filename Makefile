@@ -51,6 +51,8 @@ bench: $(VENV)/.test ## cost and quality benchmarks; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/backpack_cost.py
 	$(BIN)/python benchmarks/backpack_cost.py --docs
+	$(BIN)/python benchmarks/hierarchical.py
+	$(BIN)/python benchmarks/hierarchical.py --docs
 
 clean: ## remove what the above made
 	rm -rf $(VENV) $(JUNK)

@@ -92,3 +92,10 @@ def test_problems_learn(benchmark, name):
     problem = benchmark.PROBLEMS[name]()
     before = float(problem.value().detach())
     assert problem.train(5) < before and sum(p.numel() for p in problem.model.parameters()) < 2500
+
+
+def test_the_tables_in_the_docs_are_generated(benchmark):
+    kept = benchmark.common.kept(benchmark.common.RESULTS / "hierarchical.json")
+    page = benchmark.PAGE.read_text(encoding="utf-8")
+    again = benchmark.common.rewritten(benchmark.PAGE, benchmark.MARKS, benchmark.measured(kept))
+    assert page == again, "run benchmarks/hierarchical.py --docs"
