@@ -2,6 +2,7 @@
 
   models    four networks: HesScale, HesScaleGN, and Hutchinson's estimate with one draw (create_graph and a product)
   growth    HesScale with width, depth, outputs and batch
+  compiled  the step as one compiled graph, and the gradient step of the compiled model
   memory    peak of memory, as a multiple of the gradient step's
   overhead  microseconds that curvext adds to a node of the graph
 
@@ -28,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvext import HesScale, extend
+from curvext.compile import compile_step
 from curvext.demo.report import heading, progress, table
 from curvext.demo.timing import alternate, quartiles, ratios
 
@@ -95,7 +97,11 @@ def predict(task: Task) -> dict[str, float]:
 
 def timed(task: Task, runs: int, steps: Iterable[str] = STEPS) -> dict[str, Any]:
     """Quartiles of every step's time in gradient steps, and milliseconds of the gradient step."""
-    times = alternate({name: partial(STEPS[name], task) for name in steps}, runs)
+    return _timed({name: partial(STEPS[name], task) for name in steps}, runs)
+
+
+def _timed(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, Any]:
+    times = alternate(calls, runs)
     milliseconds = {name: [1e3 * t for t in quartiles(values)] for name, values in times.items()}
     return {"milliseconds": milliseconds, "ratio": ratios(times, BASE)}
 
@@ -127,6 +133,30 @@ def growth(runs: int, quick: bool, tick: Callable[[], object]) -> dict[str, Any]
             results[name][value] = {**predict(task), **timed(task, runs, (BASE, "HesScale", "HesScaleGN"))}
         tick()
     return results
+
+
+def compiled(runs: int, quick: bool, tick: Callable[[], object]) -> dict[str, Any]:
+    """The first two networks with ``torch.compile``."""
+    results = {}
+    options = {"backend": "eager" if quick else "inductor"}
+    for name, make in list(MODELS.items())[:2]:
+        task = make(2 if quick else 64)
+        whole = compile_step(task.model, lambda model, x, y: Task(model, x, y).loss(), HesScale(), **options)
+        alike = Task(torch.compile(task.model, **options), task.x, task.y)  # type: ignore[call-overload]
+        calls = {
+            BASE: partial(gradient_step, task),
+            "gradient step, compiled": partial(gradient_step, alike),
+            "HesScale": partial(with_block, task),
+            "HesScale, compiled": partial(_whole_step, task, whole),
+        }
+        results[name] = _timed(calls, runs)
+        tick()
+    return results
+
+
+def _whole_step(task: Task, whole: Callable[[Tensor, Tensor], Tensor]) -> None:
+    task.model.zero_grad()
+    whole(task.x, task.y)
 
 
 def memory(_: int, quick: bool, tick: Callable[[], object]) -> dict[str, Any]:
@@ -201,6 +231,12 @@ def report(results: dict[str, Any]) -> str:
         parts.append(table(["model", *columns, "Hutchinson"], rows))
     for size, entries in results.get("growth", {}).items():
         parts.append(table([size, *columns], [_ratio_row(value, entry) for value, entry in entries.items()]))
+    if "compiled" in results:
+        entries = results["compiled"]
+        names = list(next(iter(entries.values()))["ratio"])[1:]
+        parts.append(
+            table(["model", *names], [[n, *(spread(*e["ratio"][name]) for name in names)] for n, e in entries.items()])
+        )
     if "memory" in results:
         rows = [[n, f"{e['bytes'][BASE] / 2**20:.1f}", *(f"{e['ratio'][s]:.2f}" for s in list(STEPS)[1:])]
                 for n, e in results["memory"].items()]  # fmt: skip
@@ -211,7 +247,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-PARTS = {"models": models, "growth": growth, "memory": memory, "overhead": overhead}
+PARTS = {"models": models, "growth": growth, "compiled": compiled, "memory": memory, "overhead": overhead}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_cost(cost, tmp_path, capsys):
     results = json.loads(output.read_text())
     assert results["environment"]["torch"] == torch.__version__
     parts = results["threads"]["1"]
-    assert set(parts) == {"models", "growth", "memory", "overhead"}
+    assert set(parts) == {"models", "growth", "compiled", "memory", "overhead"}
     for name, entry in parts["models"].items():
         assert 1.5 < entry["limit"] < 1.7, name
         assert entry["counted HesScale"] <= entry["limit"] + 0.1, name
