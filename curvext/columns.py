@@ -77,7 +77,7 @@ def in_parts(
         The sweep that failed, or ``sweep``.
     """
     few = together(sweep.operations, sweep.kinds, settings.max_memory)
-    if few is None:
+    if few is None or not sweep.targets:
         return sweep
     factors = of_columns(sweep.kinds)
     tensors = [target.tensor for target in sweep.targets.values()]

@@ -46,7 +46,8 @@ class Reader:
             tensors = [self.targets[edge].tensor for edge in edges]
             if isinstance(quantity, WholeGraph) and not quantity.rides(operations, tensors):
                 self.by_products.add(quantity)
-                for edge, value in zip(edges, quantity.compute(loss, gradient, tensors), strict=True):
+                values = quantity.compute(loss, gradient, tensors) if tensors else []
+                for edge, value in zip(edges, values, strict=True):
                     self.whole.setdefault(edge, {})[quantity.savefield] = value
             else:
                 self.place.update(dict.fromkeys(quantity.waves))

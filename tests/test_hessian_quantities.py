@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvext import GGNMP, HMP, PCHMP, BatchDiagHessian, CurvatureError, DiagGGNExact, DiagHessian, extend, output
+from curvext import (
+    GGNMP,
+    HMP,
+    PCHMP,
+    BatchDiagHessian,
+    CurvatureError,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    HesScale,
+    extend,
+    output,
+)
 
 from .dense import blocks
 from .models import Attention, Residual, cnn, mlp
@@ -52,7 +64,36 @@ BY_COLUMNS = {
     "normalised": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
     "gated": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GLU(), nn.Linear(3, 3)), (4,)),
 }
-BY_PRODUCTS = {"recurrent": (Recurrent, (3,)), "scaled": (Scaled, (3,))}
+
+
+class Interpolated(nn.Module):
+    """A product of two functions of one parameter, put together with what holds the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.angle = nn.Linear(3, 3), nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return torch.lerp(self.layer(x), self.angle.sin(), self.angle.cos())
+
+
+class Spectrum(nn.Module):
+    """Complex in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.window, self.head = nn.Parameter(torch.rand(6)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.fft.rfft(x * self.window).abs().log1p())
+
+
+BY_PRODUCTS = {
+    "recurrent": (Recurrent, (3,)),
+    "scaled": (Scaled, (3,)),
+    "interpolated": (Interpolated, (3,)),
+    "spectrum": (Spectrum, (6,)),
+}
 
 
 def built(entry):
@@ -312,6 +353,23 @@ def test_a_product_tells_what_is_wrong_with_its_argument():
         losses().sum().backward()
     with pytest.raises(ValueError, match=r"\[V, 5, 4\].*\(5, 4\)"):
         model[0].weight.ggnmp(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(("quantity", "name"), [(GGNMP(), "mlp"), (PCHMP(), "mlp"), (HMP(), "mlp"), (HMP(), "scaled")])
+def test_no_products(quantity, name):
+    model, losses = built(ON_ANY_GRAPH[name])
+    for product, p in zip(computed(quantity, model, lambda: losses().sum()), model.parameters(), strict=True):
+        assert product(torch.empty(0, *p.shape)).shape == (0, *p.shape)
+
+
+@pytest.mark.parametrize("quantity", [HMP(), DiagHessian(), BatchDiagHessian(), DiagGGNMC(2)])
+def test_parameters_that_this_loss_does_not_depend_on(quantity):
+    model, unused, x = mlp(), nn.Linear(2, 2), torch.randn(N, 4)
+    parameters = {"used": model[0].weight, "unused": unused.weight}
+    with extend(parameters, HesScale(), quantity.only("unused")):
+        model(x).square().sum().backward()
+    with extend(unused, quantity, max_memory=1), pytest.raises(CurvatureError, match="does not depend on any of"):
+        model(x).square().sum().backward()
 
 
 def test_positive_curvature_is_refused_where_a_weight_meets_itself():

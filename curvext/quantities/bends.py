@@ -2,13 +2,15 @@
 
 B is the Hessian of ⟨g, f(x)⟩ in the inputs x of one operation f, and J leads from the parameters to x. A parameter's
 block of H is had from the blocks of B in the inputs that hold the samples, if f is linear in those that the samples
-share and no parameter is in both: a product of a weight with what was computed from the same weight has more.
+share and no parameter is in two of its inputs: a product of a weight with what was computed from the same weight has
+more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ..errors import CurvatureError
 from ..graph import Edge, Operation
 from ..hessians import negative, positive
 from ..registry import find_diagonal
-from ..sources import loss_hessian
+from ..sources import loss_hessian, may_start
 from .waves import Factor, Source
 
 PARTS: dict[str, tuple[tuple[int, Callable[[Tensor], Tensor]], ...]] = {
@@ -48,18 +50,9 @@ class BendFactor(Factor):
         Raises:
             CurvatureError: if they are.
         """
-        below = _leaves(operations) if operations else {}
-        for op in operations:
-            places = list(zip(op.edges, op.needs, op.axes_in, strict=True))
-            holding = [node for (node, _), need, axis in places if need and axis is not None]
-            shared = [node for (node, _), need, axis in places if need and axis is None]
-            if holding and shared:
-                if bends(op) and not _linear(op, [need and axis is None for _, need, axis in places]):
-                    raise CurvatureError(f"{op.kind} is not linear in a tensor that the samples share")
-                if any([below[a] & below[b] for a in holding for b in shared]):
-                    raise CurvatureError(
-                        f"{op.kind} puts a parameter together with what was computed from the same parameter"
-                    )
+        if found := next(_entangled(operations), None):
+            op, why = found
+            raise CurvatureError(f"{op.kind} {why}, so that a block of H is more than Σ JᵀBJ; use HMP or GGNMP")
 
     def seeds(self, output: Any) -> dict[Edge, Any]:
         return {}  # it starts at every operation of the loss
@@ -77,11 +70,25 @@ class BendFactor(Factor):
 
 def exact(operations: Sequence[Operation]) -> bool:
     """Whether blocks of H are had from the columns."""
-    try:
-        BendFactor().check(operations)
-    except CurvatureError:
-        return False
-    return True
+    return next(_entangled(operations), None) is None
+
+
+def _entangled(operations: Sequence[Operation]) -> Iterator[tuple[Operation, str]]:
+    """Operations for which they are not, and why."""
+    below = _leaves(operations) if operations else {}
+    for op in operations:
+        if op.is_complex and may_start(op):
+            yield op, "bends complex numbers, in which its second derivatives are no Hessian"
+        shared = [need and axis is None for need, axis in zip(op.needs, op.axes_in, strict=True)]
+        if not any(shared) or shared == list(op.needs):
+            continue
+        if bends(op) and not _linear(op, shared):
+            yield op, "is not linear in a tensor that the samples share"
+        places = [
+            (below[node], alone) for (node, _), need, alone in zip(op.edges, op.needs, shared, strict=True) if need
+        ]
+        if any([a & b for (a, one), (b, other) in combinations(places, 2) if one or other]):
+            yield op, "puts a parameter together with what was computed from the same parameter"
 
 
 def _leaves(operations: Sequence[Operation]) -> dict[Node, int]:

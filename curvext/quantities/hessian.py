@@ -171,6 +171,8 @@ def differentiated_twice(what: str) -> Iterator[None]:
     try:
         with torch.enable_grad():
             yield
+    except CurvatureError:
+        raise
     except RuntimeError as error:
         raise CurvatureError(
             f"{what} needs a graph that can be differentiated twice: {error}. For attention, run the forward "

@@ -36,7 +36,7 @@ class BlockProduct:
             raise ValueError(
                 f"expected vectors [V, {', '.join(map(str, self.shape))}], got {tuple(vectors.shape)}; one is v[None]"
             )
-        found = [term(vectors) for term in self.terms]
+        found = [term(vectors) for term in self.terms if len(vectors)]
         return sum(found[1:], start=found[0]) if found else torch.zeros_like(vectors)
 
     def __add__(self, other: BlockProduct) -> BlockProduct:
