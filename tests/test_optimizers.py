@@ -147,6 +147,13 @@ def test_maximize(name):
 
 
 @every
+def test_parameters_of_others_get_no_gradients(name):
+    model = Net()
+    run(model, make(name, model.upper.parameters()), 2)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@every
 def test_frozen_unused_and_gradients_stay(name):
     model = Net()
     model.lower.bias.requires_grad_(False)

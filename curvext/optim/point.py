@@ -78,7 +78,7 @@ class Point:
             with torch.enable_grad(), extend(parameters, *quantities, **options) as found:
                 for p in parameters.values():
                     p.grad = None
-                (loss if self.objective.sign > 0 else -loss).backward()
+                (loss if self.objective.sign > 0 else -loss).backward(inputs=list(parameters.values()))
             return found
         finally:
             for p, (grad, values) in zip(parameters.values(), before, strict=True):
