@@ -263,6 +263,15 @@ def test_curveball_minimises_its_model_on_two_directions():
         torch.testing.assert_close(flat(trained(model)) - θ, z, rtol=1e-6, atol=1e-9)
 
 
+def test_curveball_forgets_a_step_that_is_not_finite():
+    model = Net()
+    optimizer = CurveBall(trained(model))
+    for factor in (1.0, math.nan, 1.0):
+        curvature = classified(model, factor * torch.ones(2, 4), torch.arange(2))
+        optimizer.step(problem(model), curvature)
+    assert optimizer.report.reason == "CurveBall"
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 def test_diagonal_by_hand(rescale):
     model, rule = Net(), LevenbergMarquardt(first=0.05, guard=False)

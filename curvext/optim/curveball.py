@@ -69,7 +69,7 @@ class CurveBall(ClosureOptimizer):
         ratio = found.ratio(point, float(g.dot(d)), κ) if found.name == "CurveBall" else -math.inf
         if due:
             self.carried["damping"] = self.damping(λ, ratio, step=found.step.size)
-        self.remember("z", found.step.size * (z if found.name == "CurveBall" else 0 * z), objective)
+        self.remember("z", found.step.size * z if found.name == "CurveBall" else torch.zeros_like(z), objective)
         details = {"damping": λ, "beta": factors[0], "mu": -factors[1], **({"ratio": ratio} if due else {})}
         return found.report(point, curved.products, **details)
 
