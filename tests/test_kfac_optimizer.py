@@ -212,6 +212,23 @@ def test_groups_keep_to_their_own_settings():
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_what_joins_later_has_a_group_of_its_own():
+    """Also after a group that is still empty."""
+    model = net()
+    model[3].requires_grad_(False)
+    groups = [{"params": []}, {"params": model[:3].parameters()}], [{"params": []}, {"params": model.parameters()}]
+    apart, together = (KFAC(group, factors_every=3) for group in groups)
+    for optimizer in (apart, together):
+        optimizer.step(lambda: loss(model))
+    model[3].requires_grad_(True)
+    with pytest.raises(CurvatureError, match=r"every 3 steps; .* a group of its own"):
+        together.step(lambda: loss(model))
+    apart.add_param_group({"params": model[3].parameters()})
+    before = values(model)
+    apart.step(lambda: loss(model))
+    assert not any(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
 def test_refused():
     model = net()
     optimizer = KFAC(model.named_parameters())

@@ -47,14 +47,16 @@ class KFAC(BlockOptimizer):
         lr: step size.
         momentum: see above.
         damping: added to the block, which is in the loss's scaling; divided among the factors in proportion to their
-            mean eigenvalues (exact with ``eigenbasis``). A change counts from the next inverse on.
+            mean eigenvalues (exact with ``eigenbasis``). A change counts from the next inverse on; with
+            ``eigenbasis``, at once.
         decay: of the running averages, which begin at the first value.
         weight_decay: its multiple of the parameter is added to the gradient, and it to the damping.
         kl_clip: bounds lr² Σ uᵀg of the group, about twice the divergence between the models before and after the step;
             ``inf`` for no bound.
         factors_every, inverses_every: see above.
         decoupled_weight_decay: shrink the parameter by ``1 - lr · weight_decay`` instead, as AdamW does.
-        maximize: ascend: g is negated.
+        maximize: ascend: g is negated. The factors are those of the loss, which has to be convex in the outputs all the
+            same: rather than maximize a concave one, minimise its negative.
         eigenbasis: see above.
         quantity: which factors: ``curvext.KFAC(setting="reduce")``, ``curvext.KFLR()``, ... (with ``eigenbasis``, a
             ``curvext.KFAC``).
@@ -127,11 +129,17 @@ class KFAC(BlockOptimizer):
 
     def _generator(self) -> torch.Generator:
         step = max(group["steps"] for group in self.param_groups)
-        return numbers(self.seed, step, self.param_groups[0]["params"][0].device)
+        return numbers(self.seed, step, next(iter(self._named().values())).device)
 
     def _wrong(self, p: Tensor, group: dict[str, Any]) -> str | None:
-        known = self.quantity.savefield in p.__dict__ or "factors" in self.state[p]
-        return None if known else missing(self.quantity)
+        if self.quantity.savefield in p.__dict__ or "factors" in self.state[p]:
+            return None
+        wrong, every = missing(self.quantity), group["factors_every"]
+        if group["steps"] % every == 0:
+            return wrong
+        return (
+            f"{wrong} Factors come every {every} steps; what joins in between: in a group of its own (add_param_group)."
+        )
 
     def _update(self, ready: Ready) -> None:
         for group, parameters in ready:
