@@ -55,6 +55,16 @@ def said(optimizer):
     return optimizer.report.details
 
 
+def test_damping_is_that_of_the_rule():
+    """And none without one, whatever the state_dict was of."""
+    model = Net()
+    damped, plain = (NewtonCG(model.parameters(), damping=rule) for rule in (LevenbergMarquardt(first=5.0), None))
+    damped.step(problem(model))
+    plain.load_state_dict(damped.state_dict())
+    plain.step(problem(model))
+    assert said(plain)["damping"] == 0
+
+
 def test_a_field_is_solved_in_three_iterations():
     """2048 unknowns, 32 floats for each; and whatever the damping is, without another product."""
     problem = Field(2048)

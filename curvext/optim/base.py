@@ -55,7 +55,9 @@ class ClosureOptimizer(CheckedOptimizer):
 
     @property
     def _strength(self) -> float:
-        """The damping of this step: what the last one has left, or where the rule begins."""
+        """The damping of this step: what the last one has left, or where the rule begins; none without a rule."""
+        if self.damping is None:
+            return 0.0
         return self.carried.get("damping", getattr(self.damping, "first", 0.0))  # type: ignore[no-any-return]
 
     @torch.no_grad()
