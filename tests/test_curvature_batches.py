@@ -71,8 +71,10 @@ def test_resumes_bit_by_bit(name):
 
 def test_refused():
     for wrong in ({"size": 0}, {"size": 13}, {"size": 0.0}, {"size": 1.5}, {"order": "random"}):
-        with pytest.raises(ValueError, match=r"Subsample\(samples=12.*size must be"):
+        with pytest.raises(ValueError, match=r"Subsample\(samples=12.*size a fraction"):
             Subsample(12, **wrong)
+    with pytest.raises(ValueError, match="samples >= 1"):
+        Subsample(0)
     model = Net()
     optimizer = NewtonCG(model.parameters(), curvature_batch=Subsample(12, 0.5))
     with pytest.raises(TypeError, match=r"closure\(rows=slice\(None\)\)"):

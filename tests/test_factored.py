@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pytest import approx, fixture, mark, raises
 from torch import Tensor, nn
 
-from curvext import GGNFactor, extend
+from curvext import CurvatureError, GGNFactor, extend
 from curvext.operators import FactoredGaussNewton, HierarchicalOperator, Space
 from curvext.testing_operators import check_operator
 
@@ -158,6 +158,11 @@ def factored_columns(model: nn.Module, loss: Tensor):
     with extend(model, GGNFactor()) as curvature:
         loss.backward()
     return curvature.ggn_factor
+
+
+def test_no_columns():
+    with raises(CurvatureError, match="no columns"):
+        FactoredGaussNewton({})
 
 
 def test_nothing_holds_the_graph():

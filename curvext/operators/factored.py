@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CurvatureError
 from ..factor import Diagonal
 from ..persample import PerSample
 from ..quantities.factored import Columns
@@ -35,12 +36,17 @@ class FactoredGaussNewton(Structured, Readable):
         columns: by parameter, of :class:`~curvext.GGNFactor`.
         space: the parameters, if there are more; without columns a parameter is taken to have no curvature.
 
+    Raises:
+        CurvatureError: if there are no columns.
+
     Source: Chen et al. 2021, https://arxiv.org/abs/1910.12184 (entries); Wang, Tan & Lin 2020, section 4 (products).
     """
 
     symmetric = True
 
     def __init__(self, columns: Mapping[str, Columns], space: Space | None = None):
+        if not columns:
+            raise CurvatureError("FactoredGaussNewton: there are no columns; give those of a block with GGNFactor()")
         space = space or Space({name: c.shape for name, c in columns.items()})
         like = next(iter(columns.values())).like
         self._describe((space.size, space.size), like, space)

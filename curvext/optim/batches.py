@@ -42,8 +42,8 @@ class Subsample:
 
     def __post_init__(self) -> None:
         fits = 0 < self.size <= 1 if isinstance(self.size, float) else 1 <= self.size <= self.samples
-        if not fits or self.order not in ("cycle", "draw"):
-            raise ValueError(f"{self}: size must be from 1 to samples or a fraction, order 'cycle' or 'draw'")
+        if self.samples < 1 or not fits or self.order not in ("cycle", "draw"):
+            raise ValueError(f"{self}: samples >= 1, size a fraction or from 1 to samples, order 'cycle' or 'draw'")
 
     def rows(self, step: int) -> Tensor:
         """The indices of a step, without repetitions."""
