@@ -6,18 +6,17 @@ default J t is the derivative in u of the node's Jᵀu, which is linear in u: tw
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from . import registry
 from .axes import BATCH, Axis
 from .errors import CurvatureError
-from .graph import Edge, Graph, Operation
+from .graph import Edge, Operation
 from .hessians import LossHessian
 from .rules.default import check_differentiable, quiet_vmap
 
@@ -43,35 +42,6 @@ class Above:
         }
         inner: Any = sum(b.inner(t[edge], *place) for edge, (b, place) in found.items())
         return {edge: b.spread(inner, *place) for edge, (b, place) in found.items()}
-
-
-class Path:
-    """What leads from one edge of a graph to others above it; the graph must be retained.
-
-    Args:
-        ends: the edges above.
-    """
-
-    def __init__(self, graph: Graph, edge: Edge, ends: Collection[Edge]):
-        self.edge, self.ends = edge, set(ends)
-        self.operations = graph.operations({edge})[::-1]
-
-    def up(self, vectors: Tensor) -> dict[Edge, Tensor]:
-        """J v in all ends that depend on the edge, for v ``[V, *shape]`` at it."""
-        tangents = {self.edge: vectors}
-        for op in self.operations:
-            if self.ends <= tangents.keys():
-                break
-            given = [tangents.get(edge) for edge in op.edges]
-            if any([t is not None for t in given]):
-                found = pass_tangents(op, given)
-                tangents.update({(op.node, k): t for k, t in enumerate(found) if t is not None})
-        return {edge: tangents[edge] for edge in self.ends & tangents.keys()}
-
-    def down(self, u: Mapping[Edge, Tensor]) -> Tensor | None:
-        """Σ Jᵀu of what the ends have, ``[V, *shape]``."""
-        edges: list[Any] = [GradientEdge(*edge) for edge in u]
-        return None if not u else pull(edges, [GradientEdge(*self.edge)], list(u.values()))[0]
 
 
 def pull(outputs: Sequence[Any], inputs: Sequence[Any], u: Sequence[Tensor]) -> list[Tensor | None]:

@@ -355,6 +355,23 @@ def test_a_product_tells_what_is_wrong_with_its_argument():
         model[0].weight.ggnmp(torch.randn(5, 4))
 
 
+def test_products_pass_no_hooks_of_the_user():
+    model, x, y = mlp(), torch.randn(N, 4), torch.randint(0, 3, (N,))
+    first, rest = model[0].weight, model[1:]
+    loss = lambda z: F.cross_entropy(z, y)  # noqa: E731
+    want = blocks(lambda: model(x), loss, [first])
+    h = model[0](x)
+    h.retain_grad()
+    want += blocks(lambda: rest(h), loss, [h])
+    for hooked in (h, first):
+        hooked.register_hook(lambda g: 2 * g)
+    with extend({"first": first, "h": h}, GGNMP()) as curvature:
+        loss(rest(h)).backward()
+    gradient = h.grad.clone()
+    close([as_matrix(curvature.ggnmp[name], p) for name, p in (("first", first), ("h", h))], want)
+    close([h.grad], [gradient])
+
+
 @pytest.mark.parametrize(("quantity", "name"), [(GGNMP(), "mlp"), (PCHMP(), "mlp"), (HMP(), "mlp"), (HMP(), "scaled")])
 def test_no_products(quantity, name):
     model, losses = built(ON_ANY_GRAPH[name])

@@ -36,8 +36,8 @@ class DiagHessian(WholeGraph, Quantity):
     columns of :class:`DiagGGNExact`; a smooth one adds as many as it has features. That is exact unless a weight is put
     together with what was computed from it (tied and recurrent weights). There, where samples depend on each other,
     and where there would be many more columns than parameter entries, the diagonal is made of one Hessian-vector
-    product for every entry, which is for small models. ``extend(..., max_memory=)`` carries the columns in parts. The
-    scaling is the loss's.
+    product for every entry, which is for small models; hooks of your own on tensors then take part. The columns can be
+    carried in parts: ``extend(..., max_memory=)``. The scaling is the loss's.
 
     Args:
         chunk: products that are computed together; more is faster and takes more memory.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..graph import Edge, Operation
+from ..factor import pass_columns, reduced_columns
+from ..graph import Edge, Graph, Operation
 from ..sources import is_dense, may_start
-from ..tangents import Above, Path, pull
+from ..tangents import Above, pass_tangents, pull
 from ..wave import Wave
 from .base import Quantity, Saved, Target, WholeGraph
 from .bends import BendFactor, exact
@@ -50,6 +51,44 @@ class _Products(Saved):
         return BlockProduct((), tuple(target.tensor.shape))
 
 
+class _Path:
+    """What leads from one edge of a graph to others above it; the graph must be retained.
+
+    Operations are called one by one: a backward pass would run the user's hooks on tensors, which may change gradients.
+
+    Args:
+        ends: the edges above.
+    """
+
+    def __init__(self, graph: Graph, edge: Edge, ends: Collection[Edge]):
+        self.edge, self.ends = edge, set(ends)
+        self.operations = graph.operations({edge})
+
+    def up(self, vectors: Tensor) -> dict[Edge, Tensor]:
+        """J v in all ends that depend on the edge, for v ``[V, *shape]`` at it."""
+        tangents = {self.edge: vectors}
+        for op in reversed(self.operations):
+            if self.ends <= tangents.keys():
+                break
+            given = [tangents.get(edge) for edge in op.edges]
+            if any([t is not None for t in given]):
+                found = pass_tangents(op, given)
+                tangents.update({(op.node, k): t for k, t in enumerate(found) if t is not None})
+        return {edge: tangents[edge] for edge in self.ends & tangents.keys()}
+
+    def down(self, u: Mapping[Edge, Tensor]) -> Tensor | None:
+        """Σ Jᵀu of what the ends have, ``[V, *shape]``."""
+        waiting = dict(u)
+        for op in self.operations:
+            given = [] if op.is_target else [waiting.pop((op.node, k), None) for k in range(len(op.outputs))]
+            if any([columns is not None for columns in given]):
+                for i, columns in enumerate(pass_columns(op, given, op.needs)):
+                    if columns is not None:
+                        columns, below = reduced_columns(op, columns, i), op.edges[i]
+                        waiting[below] = waiting[below] + columns if below in waiting else columns
+        return waiting.get(self.edge)
+
+
 @dataclass(eq=False)
 class _Curved:
     """Σ JᵀBJ v over every B above: up as tangents, B, and down as gradients."""
@@ -58,12 +97,12 @@ class _Curved:
     hessians: Sequence[Above]
 
     @cached_property
-    def _path(self) -> Path:
+    def _path(self) -> _Path:
         ends = {edge for above in self.hessians for edge in above.pieces}
         graph = next(op.graph for above in self.hessians for _, op, _ in above.pieces.values())
         edge = graph.edge_of(self.x)
         assert edge is not None
-        return Path(graph, edge, ends)
+        return _Path(graph, edge, ends)
 
     @torch.no_grad()
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -118,7 +157,7 @@ class PCHMP(_OfHessians):
     Raises:
         ValueError: for another ``modify``.
         CurvatureError: in ``backward()``, if a weight is put together with what was computed from it (tied or recurrent
-            weights): its block is more than that sum; and if samples depend on each other.
+            weights) or complex tensors bend: its block is more than that sum; and if samples depend on each other.
 
     Source: Chen, Chou & Chang, BDA-PCH, 2018, https://arxiv.org/abs/1802.06502.
     """
@@ -140,8 +179,8 @@ class HMP(_OfHessians, WholeGraph):
     """Products with the parameter's block of the Hessian: ``p.hmp(v)`` for v ``[V, *P]``; exact on any graph.
 
     H v = Σ JᵀBJ v over all operations that bend (:mod:`curvext.quantities.bends`), where each of them has a B in closed
-    form and that is exact; elsewhere the gradient is differentiated once more. The graph stays in memory as long as one
-    of the functions does, as with :class:`GGNMP`.
+    form and that is exact; elsewhere the gradient is differentiated once more, as hooks of your own on tensors make it.
+    The graph stays in memory as long as one of the functions does, as with :class:`GGNMP`.
 
     Raises:
         CurvatureError: if an operation of the graph cannot be differentiated twice, or PyTorch does so wrongly.
