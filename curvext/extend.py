@@ -20,6 +20,7 @@ from .output import seeds
 from .quantities import HesScale
 from .quantities.base import Quantity, Selected, Target, WholeGraph
 from .reader import Reader
+from .registry import find
 from .samples import Samples
 from .selection import Model, assigned, checked, kept, named, trained
 from .sweep import Settings, Sweep
@@ -169,8 +170,6 @@ class extend(TorchFunctionMode):
         """``loss.backward(...)`` with a sweep around it; whatever fails in the sweep is raised after it."""
         self.backwards += 1
         arguments = {"gradient": gradient, "retain_graph": retain_graph, "create_graph": create_graph, "inputs": inputs}
-        if any([entry.quantity.retains for entry in self.entries]):
-            arguments["retain_graph"] = True
         if loss.grad_fn is None:
             return loss.backward(**arguments)  # torch's own error, or a leaf, which has no curvature
         graph = Graph([loss.grad_fn])
@@ -181,6 +180,8 @@ class extend(TorchFunctionMode):
         failure = self._prepare(sweep, reader, loss, gradient)
         if failure is None:
             failure = _failure(in_parts(sweep, graph, self.settings, loss, gradient, reader.gather))
+        if failure is None and any([entry.quantity.retains for entry in self.entries]):
+            arguments["retain_graph"] = True
         try:
             with sweep if failure is None else nullcontext():
                 loss.backward(**arguments)
@@ -221,6 +222,7 @@ class extend(TorchFunctionMode):
         samples = Samples(sweep.operations, sweep.targets, self.samples)
         refusal = None
         try:
+            self._look(samples)
             if any([wave.by_sample for wave in self.waves]):
                 try:
                     self._follow(samples, sweep)
@@ -237,6 +239,14 @@ class extend(TorchFunctionMode):
             at = samples.at
             return error if at is None else _located(error, (at.kind, nearest(at.node, sweep.targets)))
         return None
+
+    def _look(self, samples: Samples) -> None:
+        """Refuse operations that no wave can pass."""
+        for op in samples.operations:
+            refused = find(op, "any")
+            if refused is not None:
+                samples.at = op
+                refused.function(op)
 
     def _follow(self, samples: Samples, sweep: Sweep) -> None:
         samples.follow()

@@ -64,7 +64,8 @@ def rule(
     Args:
         operations: names of autograd nodes (``"TanhBackward0"``) or subclasses of ``torch.autograd.Function``.
         wave: what the rule passes on, ``"diagonal"`` or a variant of it such as ``"bl89"``; ``"complex"`` is the
-            diagonal wave of operations with complex inputs or outputs, which no other rule is asked for.
+            diagonal wave of operations with complex inputs or outputs, which no other rule is asked for; ``"any"``
+            refuses them all, before the backward pass.
         how: ``"closed form"``, ``"structure"`` (exact from the node's own derivatives, because of a declared
             structure), ``"decomposed"`` (a fused kernel: equation (2) is applied to each of its steps), or
             ``"refused"`` (the function raises).

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from curvext import CurvatureError, HesScale, extend
+from curvext import HMP, BatchGrad, CurvatureError, DiagGGNExact, DiagHessian, HesScale, extend
 from curvext.registry import registered
 from curvext.rules.refused import REASONS
 
@@ -90,12 +90,17 @@ def test_every_refusal_says_what_to_do():
         assert "this step" in reason
 
 
-def test_quantities_of_the_whole_graph_are_refused_too():
-    from curvext import DiagHessian
+@pytest.mark.parametrize("quantity", [DiagHessian, BatchGrad, DiagGGNExact, HMP])
+@pytest.mark.parametrize("loss", [True, False])
+def test_other_quantities_are_refused_too(quantity, loss):
+    """Whether the loss is inside the compiled graph or not."""
+
+    def whole(x):
+        return net(x).square().sum()
 
     net, x = model(), torch.randn(5, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        compiled = torch.compile(net, backend="aot_eager")
-        with pytest.raises(CurvatureError), extend(net, DiagHessian()):
-            compiled(x).square().sum().backward()
+        compiled = torch.compile(whole if loss else net, backend="aot_eager")
+        with pytest.raises(CurvatureError, match=r"torch\.compile"), extend(net, quantity()):
+            (compiled(x) if loss else compiled(x).square().sum()).backward()

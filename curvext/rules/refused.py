@@ -35,6 +35,7 @@ HIDING.add("CheckpointFunctionBackward")
 
 
 @rule(*REASONS, how="refused", outputs="all", coincident=True)
-def refuse(op: Operation, g: Any, h: Any) -> NoReturn:
+@rule(*REASONS, wave="any", how="refused")
+def refuse(op: Operation, *_: Any) -> NoReturn:
     """Cannot be had: the operations inside are hidden."""
     raise CurvatureError(REASONS[op.name])
