@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -250,6 +251,19 @@ def test_refused():
             KFAC(model.parameters(), **settings)
     with pytest.raises(ValueError, match="eigenbasis"):
         KFAC(model.parameters(), eigenbasis=True, quantity=EXACT)
+
+
+def test_factors_of_an_overflow_are_not_used_later():
+    model = net()
+    optimizer, scaler = KFAC(model.parameters(), inverses_every=1), torch.amp.GradScaler("cpu")
+    factors, blocks = (1.0, math.inf, 1.0), [*(extend(model, curvext.KFAC()) for _ in range(2)), nullcontext()]
+    for factor, block in zip(factors, blocks, strict=True):
+        model.zero_grad()
+        with block:
+            scaler.scale(factor * loss(model)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(bool(v.isfinite().all()) for state in optimizer.state.values() for v in state["factors"])
 
 
 def test_gradient_scaling():

@@ -153,6 +153,16 @@ def test_parameters_of_others_get_no_gradients(name):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_pairs_are_of_the_same_steps():
+    """A parameter that was frozen for a while has none of those that the others have by now."""
+    model = Net()
+    optimizer = curvext.optim.LBFGS(model.parameters(), memory=2)
+    for trained, steps in ((True, 3), (False, 3), (True, 1)):
+        model.lower.requires_grad_(trained)
+        run(model, optimizer, steps)
+    assert optimizer.report.reason == "steepest descent" and optimizer.report.details["pairs"] == 1
+
+
 @every
 def test_frozen_unused_and_gradients_stay(name):
     model = Net()

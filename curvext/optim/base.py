@@ -119,11 +119,12 @@ class ClosureOptimizer(CheckedOptimizer):
         return torch.cat(rows, -1)
 
     def remember(self, name: str, value: Tensor, objective: Objective) -> None:
-        """Keep a flat vector or rows, in the parameters' states."""
+        """Keep a flat vector or rows, in the parameters' states; those that are frozen by now lose theirs."""
+        self.forget(name)
         for p, piece in zip(objective.parameters, objective.split(value), strict=True):
             self.state[p] = {**self.state[p], name: piece.clone()}
 
-    def forget(self, name: str, objective: Objective) -> None:
+    def forget(self, name: str) -> None:
         """Drop what was remembered under a name."""
-        for p in objective.parameters:
-            self.state[p] = {k: v for k, v in self.state[p].items() if k != name}
+        for p, state in self.state.items():
+            self.state[p] = {k: v for k, v in state.items() if k != name}

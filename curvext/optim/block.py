@@ -55,6 +55,9 @@ class BlockOptimizer(CheckedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and drop the quantities: a block leaves new ones, it never adds to them."""
         super().zero_grad(set_to_none)
+        self._drop()
+
+    def _drop(self) -> None:
         for field in self._fields:
             for group in self.param_groups:
                 for p in group["params"]:
@@ -77,6 +80,7 @@ class BlockOptimizer(CheckedOptimizer):
         """
         loss = None if closure is None else self._evaluate(closure)
         if getattr(self, "found_inf", 0):  # set by GradScaler: gradients have overflowed
+            self._drop()  # so no later step takes these
             return loss
         scale = self._scale()
         ready = [(group, self._ready(i, group)) for i, group in enumerate(self.param_groups)]

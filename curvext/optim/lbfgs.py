@@ -76,7 +76,7 @@ class LBFGS(ClosureOptimizer):
             if kept:
                 self.remember(name, torch.cat(kept)[-self.memory :], objective)
             else:
-                self.forget(name, objective)
+                self.forget(name)
         return positive
 
 
