@@ -341,6 +341,8 @@ class TestUpdates:
         assert error(h.add_low_rank(x, c).to_dense(), h.to_dense() + (x * c) @ x.T) <= 1e-12
         with raises(ValueError, match="different formats"):
             h.averaged(build(a, 0.3), 0.5)
+        small = build(positive(30), 0.3, format=format, max_products=100)
+        assert error(small.add_low_rank(x[:30], c).to_dense(), small.to_dense() + (x[:30] * c) @ x[:30].T) <= 1e-12
 
     def test_average(self, a):
         old, new = build(a, 1e-6), build(a @ a / 400, 1e-6)

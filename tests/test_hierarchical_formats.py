@@ -148,6 +148,84 @@ def cheapest(a: Tensor, mu: float, own: bool) -> float:
     return min(low, sum(cheapest(b[i, j], mu, own and i == j) for i, j in quarters))
 
 
+def lifted(n: int) -> Tensor:
+    """A kernel, and eight directions across the whole that no block can share."""
+    q = torch.linalg.qr(torch.randn(n, 8))[0]
+    return kernel(n) + n / 10 * (q * torch.linspace(1, 2, 8)) @ q.T
+
+
+class TestLowRankAndLevels:
+    @fixture
+    def a(self):
+        return lifted(600)
+
+    @fixture
+    def h(self, a):
+        return build(a, max_bytes=8 * 600 * 48, format="lowrank+hodlr", max_products=2000)
+
+    def test_far_better_than_either(self, a):
+        built = {f: build(Counting(a), max_bytes=8 * 600 * 48, format=f, max_products=3000)
+                 for f in ("lowrank", "hodlr", "lowrank+hodlr", "auto")}  # fmt: skip
+        errors = {f: error(h.to_dense(), a) for f, h in built.items()}
+        both = built["lowrank+hodlr"]
+        assert errors["lowrank+hodlr"] <= 0.4 * min(errors["lowrank"], errors["hodlr"])
+        assert both.bytes <= 8 * 600 * 48 and both.error == approx(errors["lowrank+hodlr"], rel=0.35)
+        assert all(built[f].levels and built[f].basis.shape[1] for f in ("lowrank+hodlr", "auto"))
+
+    @mark.parametrize("tolerance", [0.1, 1e-2, 1e-5])
+    def test_to_a_tolerance(self, tolerance):
+        a = Counting(lifted(600))
+        h = build(a, tolerance, format="lowrank+hodlr", max_products=2000)
+        assert error(h.to_dense(), a.matrix) <= 1.1 * tolerance and h.products == a.products
+        assert h.levels and h.basis.shape[1] >= 8
+
+    def test_the_least_bytes(self, a):
+        built = [build(Counting(a), 0.1, format=f, max_products=3000) for f in ("lowrank+hodlr", "lowrank", "hodlr")]
+        assert built[0].bytes <= 0.85 * min(h.bytes for h in built[1:])
+        assert build(Counting(a), 0.1, format="auto", max_products=3000).bytes <= 1.1 * built[0].bytes
+
+    def test_from_entries(self, a):
+        h = build(Dense(a, symmetric=True), 1e-4, format="lowrank+hodlr")
+        assert error(h.to_dense(), a) <= 1.1e-4 and h.basis.shape[1] and h.levels
+
+    def test_a_preconditioner(self, a):
+        h = build(Counting(a), max_bytes=8 * 600 * 48, format="auto", shift=0.5, max_products=3000)
+        assert h.levels and h.basis.shape[1] and h.error < 0.1
+
+    @mark.parametrize("above", [0.1, 100.0])
+    def test_factor(self, h, above):
+        """Where blocks alone are positive, and where they are not."""
+        dense, low = h.to_dense(), h.tree.leave(h.basis)
+        blocks = dense - (low * h.values) @ low.T
+        shift = above - float(torch.linalg.eigvalsh(dense)[0])
+        assert (float(torch.linalg.eigvalsh(blocks)[0]) + shift > 0) == (above == 100.0)
+        damped, b = dense + shift * torch.eye(600), torch.randn(600, 3)
+        inverse, p = torch.linalg.inv(damped), h.factor(shift)
+        assert error(p.solve(b), inverse @ b) <= 1e-8 and error(p.diagonal(), inverse.diagonal()) <= 1e-8
+        assert float(p.logdet()) == approx(float(torch.logdet(damped)), rel=1e-8) and p.added == 0
+        with raises(CurvatureError, match="positive definite"):
+            h.factor(shift - above - 1e-3)
+        assert 0.0999 <= h.factor(shift - above - 0.1, compensate=True).added <= 0.134
+
+    def test_updates(self, h):
+        x, c, dense = torch.randn(600, 2), torch.tensor([1.0, -2.0]), h.to_dense()
+        assert error(h.add_low_rank(x, c).to_dense(), dense + (x * c) @ x.T) <= 1e-12
+        assert error(h.averaged(h.add_low_rank(x, c), 0.5).to_dense(), dense + (x * c) @ x.T / 2) <= 1e-12
+        assert error(h.averaged(h, 0.5, tolerance=1e-9).to_dense(), dense) <= 1e-9
+        small = h.compressed(ranks=5, compensate=True)
+        gap = torch.linalg.eigvalsh(small.to_dense() - dense)
+        assert sum(small.ranks) == 5 and gap[0] >= -1e-9 and gap[-1] <= 2 * small.slack + 1e-9
+
+    def test_refreshed(self, a):
+        h = build(a, 0.05, format="lowrank+hodlr", max_products=2000)
+        assert h.refreshed(a, 0.05).products == 16
+        moved = a + 20 * spread(600, 3) + kernel(600).square()
+        assert error(h.to_dense(), moved) > 0.0625
+        new, another = h.refreshed(moved, 0.05, max_products=2000), build(moved, 0.05, format="lowrank+hodlr")
+        assert error(new.to_dense(), moved) <= 0.055 and torch.equal(new.basis, h.basis)
+        assert new.products < another.products
+
+
 class TestAuto:
     def test_the_least_error(self):
         local, whole = kernel(500), spread(500, 20)

@@ -164,6 +164,20 @@ def test_hierarchical_preconditioner_by_definition(kind):
     assert given.drift(approximation, moved) * max(1e-2, approximation["error"]) == pytest.approx(float(error), rel=0.5)
 
 
+def test_low_rank_beside_blocks():
+    problem = Field(300)
+    x = torch.randn(300, 2)
+    problem.K = K = problem.K + x @ x.T
+    with torch.no_grad():
+        point = Objective(NewtonCG([problem.p]), problem).point()
+    given = blocks(300, format="lowrank+hodlr", tolerance=1e-8, max_bytes=None, max_products=2000)
+    approximation = given.approximate(point, 1.0)
+    assert approximation["levels"] and approximation["basis"].shape[1] >= 2
+    M = given.inverse(approximation, point.objective, 1.0)
+    torch.testing.assert_close(M.to_dense(), torch.linalg.inv(K + torch.eye(300)), rtol=1e-5, atol=1e-6)
+    assert given.drift(approximation, point) < 1e-5
+
+
 def test_the_format_with_the_fewest_iterations():
     """Blocks, for a field, although low rank and a diagonal may have as many bytes."""
     problem = Field(500)

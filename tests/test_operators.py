@@ -82,6 +82,7 @@ STRUCTURED = {
     "Kronecker, in groups": lambda: KroneckerBlock(curvext.Kronecker([torch.stack([positive(2)] * 2), positive(3)])),
     "hierarchical": lambda: hierarchical(leaf=2, max_products=1000),
     "hierarchical, nested": lambda: hierarchical(format="nested", leaf=2, max_products=1000),
+    "hierarchical, both": lambda: hierarchical(format="lowrank+hodlr", leaf=2, max_products=1000),
     "hierarchical, adaptive": lambda: hierarchical(format="adaptive", leaf=2),
     "block diagonal": lambda: BlockDiagonal([Kronecker(positive(2), positive(3)), Dense(positive(4))], SPACE),
     "block diagonal, by name": lambda: BlockDiagonal({"w": Kronecker(positive(2), positive(3)), "b": Identity(2)}),

@@ -49,7 +49,9 @@ def approximate(
             together.
         max_products: refused beyond; n if not given, as then the whole matrix could be had.
         format: ``"hodlr"``, by peeling; ``"nested"``, the same from one batch of max(leaf, 2R) + R + 10 products, for
-            rank R of whole rows off the diagonal; ``"lowrank"``, low rank and a diagonal; ``"adaptive"``, every block
+            rank R of whole rows off the diagonal; ``"lowrank"``, low rank and a diagonal; ``"lowrank+hodlr"``, low rank
+            across the whole (half of the ranks that ``max_bytes`` allow; without, directions until 16 more leave over
+            half of the squared norm), and HODLR of the rest; ``"adaptive"``, every block
             anywhere low rank, dense or split, from all entries in O(n³): the most accurate for its bytes, without
             ``factor``; ``"auto"``, the one with the smallest error within ``max_bytes``, or without, the smallest one
             within ``tolerance``. Adaptive is a candidate where entries can be read.
@@ -145,22 +147,34 @@ def _begin(source: Source) -> Probes:
     return probes
 
 
-def hodlr(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
-    """By peeling; tightened until the error, as probes see it, is within the tolerance."""
+def hodlr(
+    source: Source, tolerance: float | None, max_bytes: int | None, low: HierarchicalOperator | None = None
+) -> HierarchicalOperator:
+    """By peeling, beside ``low``; tightened until the error, as probes see it, is within the tolerance."""
     if not source.tree.depth:
         return _within(_dense(source), max_bytes, tolerance)
     probes = _begin(source)
-    total = None if max_bytes is None else _ranks(source, max_bytes)
+    low = low or HierarchicalOperator(source.tree, [], source.like.new_zeros(source.tree.size, 1, 1))
+    total = None if max_bytes is None else _ranks(source, max_bytes - low.basis.nbytes - low.values.nbytes)
     if tolerance is not None:
-        result = _tightened(source, probes.scale, tolerance)
+        result = _tightened(source, probes.scale, tolerance, low)
     else:
         cap = total + 8 if total is not None else None
-        result = _peeled(source, probes.scale, 1e-9, [], cap)
+        result = _peeled(source, probes.scale, 1e-9, low, cap)
     if total is not None and sum(result.ranks) > total:
         result = _carry(result, compressed(result, ranks=total))
     if result.error is None:
         result.error = Probes(source).error(result)
     return _within(result, max_bytes, tolerance)
+
+
+def lowrank_and_hodlr(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
+    """Low rank across the whole, and HODLR of the rest."""
+    if not source.tree.depth:
+        return hodlr(source, tolerance, max_bytes)
+    rank = None if max_bytes is None else (_ranks(source, max_bytes) - 1) // 2
+    low = low_rank(source, _begin(source).scale, tolerance, rank, flat=rank is None)
+    return hodlr(source, tolerance, max_bytes, low)
 
 
 def _entries(source: Source) -> Tensor:
@@ -197,18 +211,15 @@ def _ranks(source: Source, max_bytes: int) -> int:
     return total
 
 
-def _tightened(
-    source: Source, scale: float, tolerance: float, near: HierarchicalOperator | None = None
-) -> HierarchicalOperator:
+def _tightened(source: Source, scale: float, tolerance: float, near: HierarchicalOperator) -> HierarchicalOperator:
     """Passes to ever smaller budgets, each from the directions of the last, the first from those of ``near``."""
-    inner, start = (0.5 * tolerance, []) if near is None else (0.4 * tolerance, _directions(near))
+    inner, result = (0.4 if near.levels else 0.5) * tolerance, near
     for _ in range(8):
-        result = _peeled(source, scale, inner, start, None)
+        result = _peeled(source, scale, inner, result, None)
         result.error = Probes(source).error(result)
         if result.error <= 0.9 * tolerance:
             return result
         inner *= min(0.7, 0.8 * tolerance / result.error)
-        start = _directions(result)
     raise CurvatureError(
         f"HierarchicalOperator: the error stays at {result.error:.1e}, above tolerance={tolerance}: are products with "
         "the operator as accurate, and the same every time?"
@@ -220,8 +231,12 @@ def _directions(result: HierarchicalOperator) -> list[Tensor]:
     return [torch.linalg.qr(pairs(f, level)[:, 0])[0] for level, f in enumerate(result.levels, 1)]
 
 
-def _peeled(source: Source, scale: float, inner: float, start: list[Tensor], cap: int | None) -> HierarchicalOperator:
-    peeling = Peeling(source, (inner * scale) ** 2, scale, cap, 4 if start else 8, start)
+def _peeled(
+    source: Source, scale: float, inner: float, near: HierarchicalOperator, cap: int | None
+) -> HierarchicalOperator:
+    """Beside the part of low rank of ``near``, from its directions if it has any."""
+    start = _directions(near)
+    peeling = Peeling(source, (inner * scale) ** 2, scale, near, cap, 4 if start else 8, start)
     result = peeling.run()
     result.sampled, result.scale = peeling.sampled, scale
     return result
@@ -246,7 +261,9 @@ def _within(result: HierarchicalOperator, max_bytes: int | None, tolerance: floa
 def lowrank(source: Source, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
     """Low rank and a diagonal."""
     probes, fresh = _begin(source), Probes(source)
-    result = with_diagonal(low_rank(source, probes, tolerance, max_bytes), probes, fresh)
+    floats = None if max_bytes is None else max_bytes // source.like.element_size()
+    rank = None if floats is None else floats // (source.tree.size + 1) - 1
+    result = with_diagonal(low_rank(source, probes.scale, tolerance, rank), probes, fresh)
     result.error, result.scale = fresh.error(result), probes.scale
     return _within(result, max_bytes, tolerance)
 
@@ -280,7 +297,13 @@ def _sampled(
     return nested(source.tree, omega, y, rank), omega, y
 
 
-FORMATS = {"lowrank": lowrank, "nested": nested_bases, "hodlr": hodlr, "adaptive": adaptive}
+FORMATS = {
+    "lowrank": lowrank,
+    "nested": nested_bases,
+    "hodlr": hodlr,
+    "lowrank+hodlr": lowrank_and_hodlr,
+    "adaptive": adaptive,
+}
 
 
 def _best(source: Source, tolerance: float | None, max_bytes: int | None, shift: float | None) -> HierarchicalOperator:
@@ -289,7 +312,7 @@ def _best(source: Source, tolerance: float | None, max_bytes: int | None, shift:
     for name in FORMATS:
         if name == "adaptive" and (shift is not None or reader(source.operator) is None):
             continue
-        source.limit = limit if name in ("hodlr", "adaptive") else limit // 2
+        source.limit = limit if name in ("hodlr", "lowrank+hodlr", "adaptive") else limit // 2
         try:
             results.append(FORMATS[name](source, tolerance, max_bytes))
         except CurvatureError as error:
@@ -306,7 +329,7 @@ def _fewest_steps(source: Source, results: list[HierarchicalOperator], shift: fl
 
     A diagonal brings low rank nearer to A, and its small eigenvalues further from those of A + δI.
     """
-    bare = [r.with_parts([], torch.zeros_like(r.leaves)) for r in results if r.basis.shape[1]]
+    bare = [r.with_parts([], torch.zeros_like(r.leaves)) for r in results if r.basis.shape[1] and not r.levels]
     b = source.tree.leave(source.normal(source.tree.size, 1)).squeeze(1)
     best, least = results[0], source.tree.n
     for result in bare + results:
@@ -335,10 +358,10 @@ def correct(
     result = old.with_parts(old.levels, old.leaves)
     result.error = probes.error(old)
     if result.error > 1.25 * tolerance:
-        if len(old.levels) < old.tree.depth:
+        if not old.whole:
             raise CurvatureError(
-                f"refreshed: the error is {result.error:.1e}, and only formats 'hodlr' and 'nested' can be brought up "
-                "to date; build it anew by HierarchicalOperator.from_operator"
+                f"refreshed: the error is {result.error:.1e}, and only formats 'hodlr', 'nested' and "
+                "'lowrank+hodlr' can be brought up to date; build it anew by HierarchicalOperator.from_operator"
             )
         result = _tightened(source, probes.scale, tolerance, old)
     result.products, result.scale = source.products, probes.scale

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 from ..operators.structured import Structured
 from .levels import decomposed, pairs
+from .update import folded
 
 if TYPE_CHECKING:
     from .hodlr import HierarchicalOperator
@@ -109,7 +110,7 @@ class Factorization(Structured):
 
 
 def factorize(operator: HierarchicalOperator, shift: float, compensate: bool = False) -> Factorization:
-    """A + δI = W Wᵀ.
+    """A + δI = W Wᵀ; where the blocks alone are not positive definite, with the part of low rank put into them first.
 
     Args:
         operator: A.
@@ -128,6 +129,8 @@ def factorize(operator: HierarchicalOperator, shift: float, compensate: bool = F
     try:
         return Factorization(operator, shift)
     except CurvatureError:
+        if operator.whole and operator.basis.shape[1]:
+            return factorize(folded(operator), shift, compensate)
         scale = float(operator.diagonal().abs().max())
         if not compensate or not scale:
             raise

@@ -82,6 +82,11 @@ class HierarchicalOperator(Structured):
         return [f.shape[1] for f in self.levels]
 
     @property
+    def whole(self) -> bool:
+        """Whether levels and leaves have a place for every entry."""
+        return self.leaves.shape[1] << len(self.levels) == self.tree.size
+
+    @property
     def bytes(self) -> int:
         """What is stored."""
         tensors = (*self.levels, self.leaves, self.basis, self.values)
@@ -99,7 +104,11 @@ class HierarchicalOperator(Structured):
                 out = out + times(f, level, v)
         for more in self.blocks:
             out = out + more.times(v)
-        return out + self.basis @ (self.values.unsqueeze(1) * (self.basis.mT @ v)) if self.basis.shape[1] else out
+        return out + self.across(v) if self.basis.shape[1] else out
+
+    def across(self, v: Tensor) -> Tensor:
+        """B diag(c) Bᵀ v, in the order of the tree."""
+        return self.basis @ (self.values.unsqueeze(1) * (self.basis.mT @ v))
 
     def diagonal(self) -> Tensor:
         """The diagonal's entries ``[n]``."""
@@ -140,7 +149,10 @@ class HierarchicalOperator(Structured):
     def averaged(
         self, other: HierarchicalOperator, decay: float, tolerance: float | None = None, ranks: int | None = None
     ) -> HierarchicalOperator:
-        """decay A + (1 - decay) B over the same tree; exact, or compressed to ``tolerance`` or ``ranks``."""
+        """decay A + (1 - decay) B over the same tree; exact, or compressed to ``tolerance`` or ``ranks``.
+
+        Their parts of low rank stand side by side, and are not compressed.
+        """
         from .update import compressed, plus
 
         result = plus(self, other, decay, 1 - decay)

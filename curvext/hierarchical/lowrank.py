@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,37 +17,43 @@ if TYPE_CHECKING:
 BATCH = 16
 
 
-def low_rank(source: Source, probes: Probes, tolerance: float | None, max_bytes: int | None) -> HierarchicalOperator:
+def low_rank(
+    source: Source, scale: float, tolerance: float | None, rank: int | None, flat: bool = False
+) -> HierarchicalOperator:
     """A ≈ B diag(c) Bᵀ + diag(d): Rayleigh-Ritz in the space of AΩ and A(AΩ), Ω random.
 
-    Takes three products for a direction. The diagonal comes after, by :func:`with_diagonal`.
+    Takes three products for a direction. The diagonal comes after, by :func:`with_diagonal`. ``flat``: ends where a
+    batch of directions leaves more than half of what there was, in squared norm, and drops no more than that.
     """
     size = source.tree.size
-    cap = size if max_bytes is None else max_bytes // source.like.element_size() // (size + 1) - 1
-    share = 0.0 if tolerance is None else (tolerance * probes.scale) ** 2 / 4
-    q = _range(source, min(max(cap, 0) + BATCH, source.tree.n), share, probes.scale)
+    cap = size if rank is None else max(rank, 0)
+    share = 0.0 if tolerance is None else (tolerance * scale) ** 2 / 4
+    q, missing = _range(source, min(cap + BATCH, source.tree.n), share, scale, 0.5 if flat else math.inf)
     z = source(q)
-    more = _nonzero(_orthonormal(_without(_without(z, q), q), q, 1e-6 * probes.scale))
+    more = _nonzero(_orthonormal(_without(_without(z, q), q), q, 1e-6 * scale))
     q, z = torch.cat([q, more], 1), torch.cat([z, source(more)], 1)
     t = q.mT @ z
     values, vectors = torch.linalg.eigh((t + t.mT) / 2)
-    values, vectors = _largest(values, vectors, max(cap, 0), share / 4)
+    values, vectors = _largest(values, vectors, cap, max(share / 4, missing if flat else 0.0))
     return HierarchicalOperator(source.tree, [], source.like.new_zeros(size, 1, 1), q @ vectors, values)
 
 
-def _range(source: Source, cap: int, share: float, scale: float) -> Tensor:
+def _range(source: Source, cap: int, share: float, scale: float, most: float) -> tuple[Tensor, float]:
+    """Directions, and the squared norm that the last ones left; ``most``, as a fraction, ends the search."""
+    left = math.inf
     q = source.like.new_zeros(source.tree.size, 0)
     rounding = scale * (1e-11 if q.dtype == torch.float64 else 1e-6)
     while q.shape[1] < cap:
         y = source(source.normal(source.tree.size, min(BATCH, cap - q.shape[1])))
         y = _without(_without(y, q), q)
-        if float(y.double().square().sum()) / y.shape[1] <= share:
+        before, left = left, float(y.double().square().sum()) / y.shape[1]
+        if left <= share or left > most * before:
             break
         more = _nonzero(_orthonormal(y, q, rounding))
         q = torch.cat([q, more], 1)
         if not more.shape[1]:
             break
-    return q
+    return q, left
 
 
 def _nonzero(q: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ class Peeling:
         source: what is to be approximated.
         budget: the squared Frobenius norm that may be missing.
         scale: the norm below which a direction is rounding.
+        low: whose part of low rank is taken off A first, and is part of the result.
         cap: the largest rank of a level.
         batch: columns drawn at a time.
         start: directions of the left children of every level, known from an earlier pass.
@@ -114,6 +115,7 @@ class Peeling:
     source: Source
     budget: float
     scale: float
+    low: HierarchicalOperator
     cap: int | None = None
     batch: int = 8
     start: list[Tensor] = field(default_factory=list)
@@ -136,7 +138,7 @@ class Peeling:
         share = self.budget / (2 * (self.tree.depth + 1))
         for level in range(1, self.tree.depth + 1):
             self.levels.append(self._level(level, share))
-        return HierarchicalOperator(self.tree, self.levels, self._leaves())
+        return self.low.with_parts(self.levels, self._leaves())
 
     def _level(self, level: int, share: float) -> Tensor:
         q = self._range(level, share)
@@ -172,22 +174,28 @@ class Peeling:
     def _on(self, v: Tensor, level: int, side: int) -> Tensor:
         """What is left of A, times columns ``[pairs, n, K]`` on one side of every pair: the rows of the other side."""
         if self.direct:
-            return self.source.across(v, level, side)
+            b = pairs(self.low.basis, level)
+            low = b[:, 1 - side] @ (self.low.values.unsqueeze(1) * (b[:, side].mT @ v))
+            return self.source.across(v, level, side) - low
         both = torch.zeros_like(v.unsqueeze(1).expand(-1, 2, -1, -1), memory_format=torch.contiguous_format)
         both[:, side] = v
         return pairs(self._left(both.reshape(-1, v.shape[-1])), level)[:, 1 - side]
 
     def _left(self, v: Tensor) -> Tensor:
-        out = self.source(v)
+        out = self.source(v) - self.low.across(v)
         for level, f in enumerate(self.levels, 1):
             out = out - times(f, level, v)
         return out
 
     def _leaves(self) -> Tensor:
         """Symmetric, and zero in the padding."""
-        leaves = self.source.within() if self.direct else self._peeled_leaves()
+        leaves = self._read_leaves() if self.direct else self._peeled_leaves()
         real = self.source.real.view(-1, self.tree.leaf, 1)
         return (leaves + leaves.mT) / 2 * real * real.mT
+
+    def _read_leaves(self) -> Tensor:
+        b = self.low.basis.unflatten(0, (-1, self.tree.leaf))
+        return self.source.within() - (b * self.low.values) @ b.mT
 
     def _peeled_leaves(self) -> Tensor:
         """Unit columns in all leaves at once; random signs keep what is missing elsewhere from adding up."""

@@ -80,10 +80,20 @@ def plus(a: HierarchicalOperator, b: HierarchicalOperator, factor_a: float, fact
 def with_low_rank(operator: HierarchicalOperator, x: Tensor, values: Tensor) -> HierarchicalOperator:
     """A + X diag(values) Xᵀ, in the blocks of the tree, or where there are none across the whole."""
     x = operator.tree.enter(x)
-    if len(operator.levels) < operator.tree.depth:
-        wider = operator.with_parts(operator.levels, operator.leaves)
-        wider.basis, wider.values = torch.cat([operator.basis, x], 1), torch.cat([operator.values, values])
-        return wider
+    if operator.whole:
+        return _in_blocks(operator, x, values)
+    wider = operator.with_parts(operator.levels, operator.leaves)
+    wider.basis, wider.values = torch.cat([operator.basis, x], 1), torch.cat([operator.values, values])
+    return wider
+
+
+def folded(operator: HierarchicalOperator) -> HierarchicalOperator:
+    """The same, with its part of low rank in the blocks of the tree: every level's rank grows."""
+    blocks = HierarchicalOperator(operator.tree, operator.levels, operator.leaves, space=operator.domain)
+    return _in_blocks(blocks, operator.basis, operator.values)
+
+
+def _in_blocks(operator: HierarchicalOperator, x: Tensor, values: Tensor) -> HierarchicalOperator:
     root = values.abs().sqrt()
     levels = []
     for level, f in enumerate(operator.levels, 1):

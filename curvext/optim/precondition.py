@@ -135,7 +135,7 @@ class KroneckerPreconditioner(Approximation):
         return block.inverse(torch.where(shift + mean > 0, shift, torch.ones_like(shift)), self.pi)
 
 
-FACTORED = ("lowrank", "hodlr", "nested", "auto")
+FACTORED = ("lowrank", "hodlr", "nested", "lowrank+hodlr", "auto")
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class HierarchicalPreconditioner(Approximation):
         tolerance: ‖A - Â‖ / ‖A‖ in Frobenius norm.
         max_bytes: what Â may take; 32 floats a parameter, if neither is given.
         format: ``"lowrank"``, low rank and a diagonal, which serves most networks; ``"hodlr"`` or ``"nested"``, blocks
-            off the diagonal, for parameters with places, such as fields; ``"auto"``, whichever takes the fewest
-            steps of CG, for the products of all.
+            off the diagonal, for parameters with places, such as fields; ``"lowrank+hodlr"``, both; ``"auto"``,
+            whichever takes the fewest steps of CG, for the products of all.
         order: of parameters; ``"row"`` needs names (``model.named_parameters()``), else they are taken as they come.
         curvature: ``"gauss_newton"``, whatever the optimizer's own matrix is, or ``"hessian"``.
         max_products: refused beyond; P if not given, and at least 256.
