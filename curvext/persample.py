@@ -35,7 +35,7 @@ def over(x: Tensor, dim: int) -> Tensor:
 
 def squared(x: Tensor) -> Tensor:
     """Σ of squares over the first dimension; on a CPU without a tensor of their size, whose memory would be fresh."""
-    if x.device.type != "cpu" or len(x) == 1 or x[0].numel() < SMALL:
+    if x.device.type != "cpu" or len(x) < 2 or x[0].numel() < SMALL:
         return over(x.square(), 0)
     total = x[0].square()
     for row in x[1:]:
@@ -285,11 +285,11 @@ class Outer(PerSample):
 
     def _blocks(self) -> Iterator[Tensor]:
         """``[N', G, V, O, I]`` for a few samples at a time: one product of matrices a sample and group."""
-        v, n, groups, t, o = self.s.shape
+        v, n, groups, _, o = self.s.shape
         most = BLOCK if self.s.device.type == "cpu" else BLOCK_GPU
         step = max(1, most // (v * groups * o * self.x.shape[-1]))
         for start in range(0, n, step):
-            s = self.s[:, start : start + step].permute(1, 2, 0, 4, 3).reshape(-1, groups, v * o, t)
+            s = self.s[:, start : start + step].permute(1, 2, 0, 4, 3).flatten(2, 3)
             yield (s @ self.x[start : start + step]).unflatten(2, (v, o))
 
     def norms(self) -> Tensor:

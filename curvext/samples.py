@@ -252,8 +252,11 @@ def _read(op: Operation, i: int, plain: Tensor | None, labelled: Tensor | None, 
 
 
 def _candidates(shape: Sequence[int], n: int) -> Iterator[Axis]:
+    """Of an empty tensor, its empty dimension; of one that holds one sample, all entries of a dimension."""
+    if 0 in shape:
+        yield Axis(list(shape).index(0))
+        return
     for dim, size in enumerate(shape):
-        if size and size % n == 0:
-            for inner in range(1, size // n + 1):
-                if size // n % inner == 0:
-                    yield Axis(dim, inner)
+        for inner in range(size // n, 0, -1):
+            if size % (n * inner) == 0:
+                yield Axis(dim, inner)

@@ -45,7 +45,7 @@ def may_start(op: Operation) -> bool:
     """Whether the gradient is needed to tell if an operation is nonlinear in its inputs, taken together."""
     if not all([op.needs[i] for i in FACTORS.get(op.name, ())]):
         return False
-    return bends(op) or (len(op.edges) > 1 and len(joint(op)) > 1)
+    return bends(op) or (len(op.edges) > 1 and not registry.additive(op) and len(joint(op)) > 1)
 
 
 def starts(op: Operation, reached: bool) -> bool:
@@ -71,7 +71,7 @@ def is_layer(op: Operation) -> bool:
 
 def loss_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHessian]:
     """B = ∂²⟨g, f(x)⟩/∂x² at the inputs of an operation; empty if it bends nothing."""
-    if not may_start(op) or not any(v is not None for v in g):
+    if not may_start(op) or not any(v is not None and v.numel() for v in g):
         return {}
     rule, groups = registry.find(op, "source"), joint(op)
     if rule is not None and not op.coincident:

@@ -55,6 +55,18 @@ class Scaled(nn.Module):
         return torch.tanh(self.layer(x)) / self.temperature
 
 
+class Idle(nn.Module):
+    """With an expert that no sample is sent to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h, none = torch.tanh(self.layer(x)), torch.zeros(0, dtype=torch.long)
+        return self.head(h.index_add(0, none, h[none] * self.expert(h[none])))
+
+
 BY_COLUMNS = {
     "mlp": (mlp, (4,)),
     "gelu": (lambda: mlp(nn.GELU), (4,)),
@@ -62,6 +74,7 @@ BY_COLUMNS = {
     "cnn": (cnn, (2, 6, 6)),
     "residual": (lambda: Residual().eval(), (2, 3, 3)),
     "normalised": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
+    "idle": (Idle, (4,)),
     "gated": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GLU(), nn.Linear(3, 3)), (4,)),
 }
 

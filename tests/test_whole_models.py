@@ -161,16 +161,23 @@ class TestSamplesThatMeet:
         last(between(first(torch.randn(N, 4))))
         classified(Of(lambda m, x: m.last(between(m.first(x))), first=first, last=last), torch.randn(N, 4))
 
-    def test_experts(self):
+    @pytest.mark.parametrize("idle", [None, 0, 1])
+    def test_experts(self, idle):
+        """Also where one of them gets no sample."""
+
         def forward(m: Any, x: Tensor) -> Tensor:
             gates = torch.softmax(m.router(x), 1)
-            out = torch.zeros(len(x), 3)
+            out = torch.zeros(len(x), N)
             for e, expert in enumerate((m.a, m.b)):
                 mine = (gates.argmax(1) == e).nonzero().squeeze(1)
                 out = out.index_add(0, mine, expert(x[mine]) * gates[mine, e, None])
             return out
 
-        classified(Of(forward, router=nn.Linear(4, 2), a=models.mlp(), b=nn.Linear(4, 3)), torch.randn(N, 4))
+        router = nn.Linear(4, 2)
+        if idle is not None:
+            router.bias.data[idle] -= 9
+        experts = {"a": nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, N)), "b": nn.Linear(4, N)}
+        classified(Of(forward, router=router, **experts), torch.randn(N, 4), classes=N)
 
     @pytest.mark.parametrize("dim", [0, 1])
     def test_bags_of_instances(self, dim):
