@@ -36,6 +36,7 @@ class TestTree:
         assert ClusterTree(space).permutation.tolist() == [0, 1, 2, 6, 3, 4, 5, 7]
         assert ClusterTree(space, order="column").permutation.tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
         assert ClusterTree(space, order="flat").permutation is None
+        assert ClusterTree(Space.of({"field": torch.zeros(9)})).permutation is None  # nothing is moved
 
     def test_cells_of_space(self):
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4))

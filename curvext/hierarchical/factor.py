@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..operators.structured import Structured
-from .levels import decomposed, pairs
+from .levels import add_product, decomposed, nodes, pairs
 from .update import folded
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Factorization(Structured):
     def __init__(self, operator: HierarchicalOperator, shift: float):
         self.tree, self.shift = operator.tree, shift
         self._describe(operator.shape, operator.leaves, operator.domain)
-        self.values, self.vectors = _leaves(operator, shift)
+        self.values, self.leaves = _leaves(operator, shift)
         self.roots: list[Root] = []  # from fine to coarse
         for level in range(len(operator.levels), 0, -1):
             f = self._inward(operator.levels[level - 1].double())
@@ -52,25 +52,23 @@ class Factorization(Structured):
 
     def _leaf(self, v: Tensor) -> Tensor:
         """W_leaf⁻¹ v; it is symmetric."""
-        x = v.reshape(*self.values.shape, -1)
-        x = self.vectors @ (self.values.rsqrt().unsqueeze(-1) * (self.vectors.mT @ x))
-        return x.reshape(v.shape)
+        return (self.leaves @ v.reshape(*self.values.shape, -1)).flatten(0, 1)
 
     def _inward(self, v: Tensor) -> Tensor:
         """W⁻¹ v, without the part of low rank."""
         v = self._leaf(v)
         for root in self.roots:
-            v = _rooted(root, v)
+            _apply_root(root, v)
         return v
 
     def _outward(self, v: Tensor, below: int) -> Tensor:
-        """W⁻ᵀ v, of the finest ``below`` levels alone."""
+        """W⁻ᵀ v, of the finest ``below`` levels alone; ``v`` is overwritten."""
         for root in reversed(self.roots[:below]):
-            v = _rooted(root, v)
+            _apply_root(root, v)
         return self._leaf(v)
 
     def _across(self, v: Tensor, power: float) -> Tensor:
-        return v + self.top @ ((((1 + self.weights) ** power) - 1).unsqueeze(1) * (self.top.mT @ v))
+        return v.addmm_(self.top, (((1 + self.weights) ** power) - 1).unsqueeze(1) * (self.top.mT @ v))
 
     def _apply(self, v: Tensor) -> Tensor:
         x = self._inward(self.tree.enter(v.double()))
@@ -93,11 +91,11 @@ class Factorization(Structured):
 
     def diagonal(self) -> Tensor:
         """The diagonal of (A + δI)⁻¹, ``[n]``: exact, in O(R² n log² n)."""
-        entries = (self.vectors.square() @ self.values.reciprocal().unsqueeze(-1)).flatten()
+        entries = self.leaves.square().sum(2).flatten()
         for below, (level, q, s) in enumerate(self.roots):
-            columns = pairs(self._outward(q, below).square(), level)
+            columns = pairs(self._outward(q.clone(), below).square(), level)
             entries = entries + (columns @ (s**2 / (1 - s**2))[:, None, :, None]).flatten()
-        across = self._outward(self.top, len(self.roots)).square() @ (1 / (1 + self.weights) - 1)
+        across = self._outward(self.top.clone(), len(self.roots)).square() @ (1 / (1 + self.weights) - 1)
         return self.tree.leave((entries + across).unsqueeze(1)).squeeze(1).to(self.dtype)
 
     def trace(self) -> Tensor:
@@ -160,14 +158,14 @@ def _attempt(operator: HierarchicalOperator, shift: float, added: float) -> Fact
 
 
 def _leaves(operator: HierarchicalOperator, shift: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of every D + δI, with ones in the padding."""
+    """Eigenvalues of every D + δI, with ones in the padding, and its inverse root."""
     leaves = operator.leaves.double().clone()
     diagonal = leaves.diagonal(dim1=1, dim2=2)
     padding = operator.tree.padding(leaves.device).reshape(diagonal.shape) > 0
     diagonal.copy_(torch.where(padding, torch.ones_like(diagonal), diagonal + shift))
     values, vectors = torch.linalg.eigh(leaves)
     _positive(values, shift)
-    return values, vectors
+    return values, (vectors * values.rsqrt().unsqueeze(1)) @ vectors.mT
 
 
 def _top(b: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,13 +175,13 @@ def _top(b: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return q @ vectors, weights
 
 
-def _rooted(root: Root, v: Tensor) -> Tensor:
-    """M^-½ v: on (Q₁ ± Q₂) / √2, M is 1 ± s."""
+def _apply_root(root: Root, v: Tensor) -> None:
+    """v = M^-½ v, in place: on (Q₁ ± Q₂) / √2, M is 1 ± s."""
     level, q, s = root
-    q, x, s = pairs(q, level), pairs(v, level), s.unsqueeze(-1)
-    left, right = (q.mT @ x).unbind(1)
+    s = s.unsqueeze(-1)
+    left, right = (pairs(q, level).mT @ pairs(v, level)).unbind(1)
     even, odd = ((1 + s).rsqrt() - 1) / 2 * (left + right), ((1 - s).rsqrt() - 1) / 2 * (left - right)
-    return (x + q @ torch.stack([even + odd, even - odd], 1)).reshape(v.shape)
+    add_product(v, nodes(q, level), torch.stack([even + odd, even - odd], 1).flatten(0, 1))
 
 
 def _positive(values: Tensor, shift: float) -> None:

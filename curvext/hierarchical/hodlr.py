@@ -12,7 +12,7 @@ from ..operators.base import Operator
 from ..operators.space import Space
 from ..operators.structured import Structured
 from .blocks import Blocks
-from .levels import times
+from .levels import add_times
 from .tree import ClusterTree
 
 
@@ -97,11 +97,9 @@ class HierarchicalOperator(Structured):
 
     def inner(self, v: Tensor) -> Tensor:
         """Products in the order of the tree, ``[tree.size, K]``."""
-        blocks = v.reshape(self.leaves.shape[0], -1, v.shape[1])
-        out = (self.leaves @ blocks).reshape(v.shape)
+        out = (self.leaves @ v.reshape(*self.leaves.shape[:2], -1)).flatten(0, 1)
         for level, f in enumerate(self.levels, 1):
-            if f.shape[1]:
-                out = out + times(f, level, v)
+            add_times(out, f, level, v)
         for more in self.blocks:
             out = out + more.times(v)
         return out + self.across(v) if self.basis.shape[1] else out

@@ -15,10 +15,20 @@ def pairs(f: Tensor, level: int) -> Tensor:
     return f.reshape(1 << (level - 1), 2, f.shape[0] >> level, f.shape[1])
 
 
-def times(f: Tensor, level: int, v: Tensor) -> Tensor:
-    """The level's blocks times ``v [size, K]``."""
-    f, x = pairs(f, level), pairs(v, level)
-    return (f @ (f.mT @ x).flip(1)).reshape(v.shape)
+def add_times(out: Tensor, f: Tensor, level: int, v: Tensor, factor: float = 1.0) -> None:
+    """``out += factor`` times the level's blocks times ``v [size, K]``; in place, as fresh memory costs more time."""
+    inner = (pairs(f, level).mT @ pairs(v, level)).flip(1).flatten(0, 1)
+    add_product(out, nodes(f, level), inner, factor)
+
+
+def nodes(f: Tensor, level: int) -> Tensor:
+    """``[size, K]`` as ``[2^level, nodes' size, K]``."""
+    return f.reshape(1 << level, f.shape[0] >> level, f.shape[1])
+
+
+def add_product(out: Tensor, f: Tensor, x: Tensor, factor: float = 1.0) -> None:
+    """``out [nodes * n, K] += factor`` f x, for f ``[nodes, n, R]`` and x ``[nodes, R, K]``; ``out`` is contiguous."""
+    out.view(*f.shape[:2], out.shape[1]).baddbmm_(f, x, alpha=factor)
 
 
 def scaled(f: Tensor, level: int, factor: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CurvatureError
 from ..operators.base import Readable
 from .hodlr import HierarchicalOperator
-from .levels import composed, decomposed, pairs, rank_within, times
+from .levels import add_times, composed, decomposed, pairs, rank_within
 from .tree import ClusterTree
 
 WIDTH = 64  # columns of one product
@@ -182,9 +182,9 @@ class Peeling:
         return pairs(self._left(both.reshape(-1, v.shape[-1])), level)[:, 1 - side]
 
     def _left(self, v: Tensor) -> Tensor:
-        out = self.source(v) - self.low.across(v)
+        out = (self.source(v) - self.low.across(v)).contiguous()
         for level, f in enumerate(self.levels, 1):
-            out = out - times(f, level, v)
+            add_times(out, f, level, v, -1.0)
         return out
 
     def _leaves(self) -> Tensor:

@@ -76,7 +76,8 @@ def _permutation(n: int | Space, order: str | Tensor | Sequence[int]) -> Tensor 
         )
     if isinstance(n, int) or order == "flat":
         return None
-    return torch.cat(list(_by_module(n, order)))
+    found = torch.cat(_by_module(n, order))
+    return None if torch.equal(found, torch.arange(size)) else found
 
 
 def _checked(order: Tensor, size: int) -> Tensor:
