@@ -47,7 +47,7 @@ def pass_diagonal(op: Operation, g: Waves | None, h: Waves, *variants: str) -> W
 def bends(op: Operation, *variants: str) -> bool:
     """Whether the second term of (2) may be other than zero."""
     rule = registry.find_diagonal(op, *variants)
-    return rule is None or not rule.linear or op.coincident
+    return rule is None or op.coincident or not rule.is_linear(op)
 
 
 def _is_zero(waves: Waves) -> bool:

@@ -36,7 +36,8 @@ class Rule:
     how: str  # closed form | structure | decomposed | refused
     outputs: str = "first"  # or "all"
     coincident: bool = False  # right also when one tensor enters the operation twice
-    linear: bool = False  # does not use g, unless one tensor enters twice
+    linear: bool | Callable[[Operation], bool] = False  # in each of the inputs, unless one tensor enters twice
+    additive: bool = False  # linear in all inputs together: J is piecewise constant
     separable: bool = False  # each entry of y depends on one entry of x, so that the Hessian of ⟨g, y⟩ is diagonal
     layout: Layout = ""
     doc: str = ""
@@ -44,6 +45,10 @@ class Rule:
 
     def __call__(self, op: Operation, g: Any, h: Any) -> Any:
         return self.function(op, g, h)
+
+    def is_linear(self, op: Operation) -> bool:
+        """Whether it is linear in each of its inputs."""
+        return self.linear(op) if callable(self.linear) else self.linear
 
 
 RULES: dict[tuple[Any, str], Rule] = {}
@@ -55,7 +60,8 @@ def rule(
     how: str = "closed form",
     outputs: str = "first",
     coincident: bool = False,
-    linear: bool = False,
+    linear: bool | Callable[[Operation], bool] = False,
+    additive: bool = False,
     separable: bool = False,
     layout: Layout = "",
 ) -> Callable[[F], F]:
@@ -71,7 +77,9 @@ def rule(
             ``"refused"`` (the function raises).
         outputs: ``"first"`` or ``"all"``.
         coincident: whether the rule is right when one tensor enters twice; else the default is used there.
-        linear: promise that the rule does not use ``g`` unless one tensor enters twice; the operation needs no hook.
+        linear: promise that y is linear in each of the inputs (piecewise, and unless one tensor enters twice), or a
+            function that tells when it is; ``g`` is not used then, and the operation needs no hook.
+        additive: promise that J is piecewise constant in all inputs together, not only in each of them.
         separable: promise that, of one input alone, the Hessian of ⟨g, y⟩ is diagonal, hence the second term of (2).
         layout: promise of what becomes of entries; see :data:`Layout`.
 
@@ -86,7 +94,9 @@ def rule(
         for operation in operations:
             if (operation, wave) in RULES:
                 raise ValueError(f"{operation} already has a rule for the {wave} wave; use curvext.unregister first")
-            RULES[operation, wave] = Rule(function, how, outputs, coincident, linear, separable, layout, doc, family)
+            RULES[operation, wave] = Rule(
+                function, how, outputs, coincident, linear, additive, separable, layout, doc, family
+            )
         return function
 
     return register
@@ -114,6 +124,12 @@ def find(op: Operation, *waves: str) -> Rule | None:
         if found is not None:
             return found
     return None
+
+
+def additive(op: Operation) -> bool:
+    """Whether the operation is linear in all of its inputs together."""
+    found = find_diagonal(op)
+    return found is not None and found.additive
 
 
 def laid_out(op: Operation, *layouts: Layout) -> bool:

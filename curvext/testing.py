@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from . import registry
 from .columns import reads_columns
-from .diagonal import pass_diagonal
+from .diagonal import bends, pass_diagonal
 from .errors import CurvatureError
 from .extend import extend
 from .graph import Graph, Operation, edge_of
 from .quantities import Quantity
 from .rules.default import default
+from .rules.structure import bending
 from .selection import Model
 from .sweep import Settings
 from .testing_factor import check_columns, check_readings
@@ -85,6 +87,7 @@ def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-
     assert rule is not None, f"{op.kind} has no rule"
     every = len(op.outputs) if rule.outputs == "all" else 1
     g, h = _draw(op, every, generator), _draw(op, every, generator)
+    _check_promises(op, rule, g, generator, atol)
     none: list[Tensor | None] = [None] * len(op.outputs)
     both = True
     for label, g_, h_ in (("g and h", g, h), ("h alone", None, h), ("g alone", g, none)):
@@ -103,6 +106,32 @@ def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-
                     continue
         _compare(op, got, want, label, rtol, atol)
     return both
+
+
+def _check_promises(
+    op: Operation, rule: registry.Rule, g: list[Tensor | None], generator: torch.Generator, atol: float
+) -> None:
+    """How Jᵀg changes with x, D = ∂(Jᵀg)/∂x: of a linear rule D = 0, of a separable one Dv = (D1) ∘ v.
+
+    An additive one has no derivative in any input of what the others get either.
+    """
+    drawn: dict[torch.Size, Tensor] = {}
+
+    def v(like: Tensor) -> Tensor:
+        if like.shape not in drawn:
+            drawn[like.shape] = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+        return drawn[like.shape]
+
+    try:
+        once, along = (bending(op, g, weights) for weights in (torch.ones_like, v))
+    except RuntimeError:  # PyTorch cannot differentiate every node twice
+        return
+    near = partial(torch.testing.assert_close, rtol=atol, atol=atol)
+    for i, bend in along.items():
+        if not bends(op):
+            near(bend, torch.zeros_like(bend), msg=f"{op.kind} is said to be linear, but bends in input {i}")
+        elif rule.separable:
+            near(bend, once[i] * v(bend), msg=f"{op.kind} is said to be separable, but input {i} is put together")
 
 
 @contextmanager

@@ -48,19 +48,19 @@ def _times(h: Tensor, factor: float) -> Tensor:
     return h if factor == 1 else h * factor
 
 
-@rule("AddBackward0", coincident=True, linear=True)
+@rule("AddBackward0", coincident=True, linear=True, additive=True)
 def add(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | Waves | None:
     """y = a + α b: h_a = h, h_b = α² h."""
     return _sum(op, h, 1, op.alpha)
 
 
-@rule("SubBackward0", coincident=True, linear=True)
+@rule("SubBackward0", coincident=True, linear=True, additive=True)
 def sub(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | Waves | None:
     """y = a - α b: h_a = h, h_b = α² h."""
     return _sum(op, h, 1, -op.alpha)
 
 
-@rule("RsubBackward0", coincident=True, linear=True)
+@rule("RsubBackward0", coincident=True, linear=True, additive=True)
 def rsub(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | Waves | None:
     """y = b - α a: h_a = α² h, h_b = h."""
     return _sum(op, h, -op.alpha, 1)
@@ -97,7 +97,7 @@ def mul_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | No
     return None if h is None else h * op.other**2
 
 
-@rule("DivBackward0", coincident=True, separable=True)
+@rule("DivBackward0", coincident=True, linear=lambda op: not op.needs[1], separable=True)
 def div(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | None:
     """y = a / b: h_a = h / b², h_b = y (y h + 2 g) / b²; nothing for x / x."""
     if op.coincident:
@@ -114,7 +114,7 @@ def _divisor(q: Tensor, c: Tensor, g: Tensor | None, h: Tensor | None) -> Tensor
     return q * (q * h if g is None else torch.add(q * h, g, alpha=2)) / c.square()
 
 
-@rule("DivBackward2", coincident=True, separable=True)
+@rule("DivBackward2", coincident=True, linear=lambda op: not op.needs[1], separable=True)
 def div_rounded(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves | None:
     """y = a / b, or rounded, hence without derivative."""
     return div(op, g, h) if op.rounding_mode is None else None
@@ -215,7 +215,7 @@ def addcdiv(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     return h, h_b, (_divisor(op.value * op.tensor1 / c, c, g, h) if op.needs[2] else None)
 
 
-@rule("LerpBackward0", coincident=True, linear=True)
+@rule("LerpBackward0", coincident=True, linear=True, additive=True)
 def lerp_number(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y = (1-w) a + w b: h_a = (1-w)² h, h_b = w² h."""
     return _sum(op, h, 1 - op.weight, op.weight)

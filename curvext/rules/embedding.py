@@ -26,7 +26,7 @@ SUM, MEAN, MAX = range(3)  # modes of EmbeddingBag, as its node saves them
 scaling("EmbeddingDenseBackwardBackward0")
 
 
-@rule("EmbeddingBackward0")
+@rule("EmbeddingBackward0", linear=True)
 def embedding(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """Each output row is a copy of a row of W: h_W = Jᵀ h, divided by uses once more with scale_grad_by_freq."""
     if h is None or not op.scale_grad_by_freq:
@@ -54,7 +54,7 @@ def _uses(indices: Tensor, rows: int, like: Tensor) -> Tensor:
     return like.new_zeros(rows).index_add(0, indices, like.new_ones(indices.shape)).clamp(min=1)
 
 
-@rule("EmbeddingBagBackward0")
+@rule("EmbeddingBagBackward0", linear=True)
 def embedding_bag(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """y_b = Σ_p w_p W[v_p] over the bag b: h_W[v] = Σ_b (Σ_{p in b, v_p = v} w_p)² h_b, h_w[p] = Σ_d h_bd W[v_p]_d².
 

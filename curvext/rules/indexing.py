@@ -60,10 +60,11 @@ for _wave in ("diagonal", "complex"):
         wave=_wave,
         coincident=True,
         linear=True,
+        additive=True,
     )(index_put)
 
 
-@rule("IndexAddBackward0", linear=True)
+@rule("IndexAddBackward0", linear=True, additive=True)
 def index_add(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = x + α P s with a selection P: h_x = h, h_s = α² Pᵀ h."""
     if h is None:
@@ -72,10 +73,10 @@ def index_add(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return h, (pulled if pulled is None or op.alpha == 1 else op.alpha * pulled)
 
 
-@rule("IndexReduceBackward0", "ScatterReduceBackward0", linear=True)
+@rule("IndexReduceBackward0", "ScatterReduceBackward0", linear=lambda op: op.reduce != "prod")
 def scatter_reduce(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """Sum, mean, product or extremum of entries that go to one place: h = (Jᵀ1) ∘ (Jᵀh).
 
-    Every entry feeds one output, and even a product is linear in each of its factors: nothing bends on the diagonal.
+    Every entry feeds one output; a product is linear in each of its factors, so that it bends off the diagonal only.
     """
     return scale(op, None, h)

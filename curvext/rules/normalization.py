@@ -172,6 +172,11 @@ def _flat(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.flatten()
 
 
+def by_running_statistics(op: Operation) -> bool:
+    """Whether running statistics were used, so that y is linear in x: those of the batch were not saved."""
+    return not op.result1.numel()
+
+
 @rule(
     "NativeBatchNormBackward0",
     "NativeBatchNormLegitBackward0",
@@ -181,16 +186,17 @@ def _flat(t: Tensor | None) -> Tensor | None:
     "BatchNormWithUpdateBackward0",
     "CudnnBatchNormBackward0",
     "MiopenBatchNormBackward0",
+    linear=by_running_statistics,
 )
 def batch_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β over samples and positions, a closed form in O(entries); with running statistics h γ²/σ²."""
     x = op.input
     dims = (0, *range(2, x.dim()))
-    if op.result1.numel():  # batch statistics are saved only when they were used
+    if by_running_statistics(op):
+        wave, of_gamma = _with_running_statistics(op, h, dims)
+    else:
         mean, rstd, gamma = (_per_channel(t, x) for t in (op.result1, op.result2, op.weight))
         wave, of_gamma = affine_normalized(op, Axes(dims, dims, blocks=1), g, h, x, mean, rstd, gamma)
-    else:
-        wave, of_gamma = _with_running_statistics(op, h, dims)
     return wave, _flat(of_gamma), (h.sum(dims) if h is not None and op.needs[2] else None)
 
 
@@ -259,7 +265,7 @@ def _every(t: Tensor, v: int, inner: Sequence[int]) -> Tensor:
 @rule(*BATCHES, wave="factor")
 def batch_norm_factor(op: Operation, s: Tensor, wanted: Sequence[bool]) -> Any:
     """With running statistics S_x = γ S/σ; with those of the batch it is left to the node."""
-    if any(wanted[1:]) or op.result1.numel():
+    if any(wanted[1:]) or not by_running_statistics(op):
         return None
     rstd = (op.running_var + op.eps).rsqrt()
     return s * _per_channel(rstd if op.weight is None else rstd * op.weight, op.input), None, None
@@ -288,6 +294,6 @@ def _xhat(op: Operation) -> Tensor:
     if op.name == "NativeGroupNormBackward0":
         mean, rstd = (t.view(*t.shape, 1, 1) for t in (op.result1, op.result2))
         return ((x.reshape(op.N, op.group, -1, op.HxW) - mean) * rstd).view(x.shape)
-    trained = op.result1.numel() > 0
-    mean, rstd = (op.result1, op.result2) if trained else (op.running_mean, (op.running_var + op.eps).rsqrt())
+    running = by_running_statistics(op)
+    mean, rstd = (op.running_mean, (op.running_var + op.eps).rsqrt()) if running else (op.result1, op.result2)
     return (x - _per_channel(mean, x)) * _per_channel(rstd, x)

@@ -73,7 +73,7 @@ def _fed(op: Operation, slope: Tensor, bend: Tensor | None, g: Tensor | None, h:
     return pulled if bend is None or g is None else bent(pulled, bend, kept(op, g))
 
 
-def reduction(*names: str, d1: Slope, d2: Bend | None = None) -> None:
+def reduction(*names: str, d1: Slope, d2: Bend | None = None, linear: bool = False) -> None:
     """Each entry of x feeds one entry of y. ``d1(op)`` is ∂y/∂x; ``d2(op, ∂y/∂x)`` is ∂²y/∂x², zero if absent."""
 
     def reduction_rule(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
@@ -85,25 +85,25 @@ def reduction(*names: str, d1: Slope, d2: Bend | None = None) -> None:
             return None
         return _fed(op, slope, None if d2 is None or g is None else d2(op, slope), g, h)
 
-    rule(*names)(reduction_rule)
+    rule(*names, linear=linear)(reduction_rule)
 
 
-# products are linear in each factor; at ties the slope is shared
+# products are linear in each factor, but not in all together; at ties the slope is shared
 reduction("ProdBackward0", "ProdBackward1", d1=_slope)
-reduction("AmaxBackward0", "AminBackward0", d1=_slope)
-reduction("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0", d1=_slope)
+reduction("AmaxBackward0", "AminBackward0", d1=_slope, linear=True)
+reduction("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0", d1=_slope, linear=True)
 # y = log Σ eˣ:  p = eˣ⁻ʸ, p - p²
 reduction("LogsumexpBackward0", d1=lambda op: (op.self - kept(op, op.result)).exp(), d2=lambda op, p: p - p * p)
 
 
-@rule("MeanBackward0", "MeanBackward1")
+@rule("MeanBackward0", "MeanBackward1", linear=True)
 @rule("MeanBackward0", "MeanBackward1", wave="complex", linear=True)
 def mean(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """y = Σx / n: h_x = h / n²."""
     return None if h is None else op.vjp(h / _reduced_entries(op))[0]
 
 
-@rule("SegmentReduceBackward0", linear=True)
+@rule("SegmentReduceBackward0", linear=lambda op: op.reduce != "prod")
 def segment_reduce(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     """Sum, mean, product or extremum of segments: (Jᵀ1) ∘ (Jᵀh); even a product is linear in each factor."""
     return scale(op, None, h)
@@ -307,7 +307,7 @@ def renorm(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor:
     return torch.where(n > m, wave, free)
 
 
-@rule("CumprodBackward0", linear=True)
+@rule("CumprodBackward0")
 def cumprod(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """yₖ = Πⱼ xⱼ, linear in each factor; J∘J is the Jacobian of cumprod at x²: h_x = J(x²)ᵀ h."""
     if h is None:

@@ -30,7 +30,7 @@ def selection(*names: str, outputs: str = "first", coincident: bool = True, layo
     Where several inputs are added up, ``coincident`` must be false: x + x has slope 2.
     """
     for wave in ("diagonal", "complex"):
-        rule(*names, wave=wave, outputs=outputs, coincident=coincident, linear=True, layout=layout)(
+        rule(*names, wave=wave, outputs=outputs, coincident=coincident, linear=True, additive=True, layout=layout)(
             select_all if outputs == "all" else select
         )
 
@@ -47,7 +47,7 @@ def select_all(op: Operation, g: Any, h: Sequence[Tensor | None] | None) -> Any:
 
 def scaling(*names: str) -> None:
     """y is linear and each entry of each input feeds at most one output entry, with any slope."""
-    rule(*names, coincident=True, linear=True)(scale)
+    rule(*names, coincident=True, linear=True, additive=True)(scale)
 
 
 def scale(op: Operation, g: Tensor | None, h: Tensor | None) -> list[Tensor | None] | None:
@@ -57,7 +57,7 @@ def scale(op: Operation, g: Tensor | None, h: Tensor | None) -> list[Tensor | No
 
 def pointwise(*names: str) -> None:
     """Each entry of each input feeds exactly one output entry; see :func:`pointwise_rule`."""
-    rule(*names, how="structure", coincident=True)(pointwise_rule)
+    rule(*names, how="structure", coincident=True, separable=True)(pointwise_rule)
 
 
 def pointwise_rule(op: Operation, g: Tensor | None, h: Tensor | None) -> list[Tensor | None]:
@@ -109,7 +109,7 @@ def bending(
 
 def stretching(*names: str) -> None:
     """y = c ∘ x with c piecewise constant: J is symmetric, so h_x = J(J h)."""
-    rule(*names, coincident=True, linear=True)(stretch)
+    rule(*names, coincident=True, linear=True, additive=True)(stretch)
 
 
 def stretch(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
@@ -123,7 +123,7 @@ def stretch(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
 def constant(*names: str) -> None:
     """y does not change with x, or only by jumps: no wave."""
     for wave in ("diagonal", "complex"):
-        rule(*names, wave=wave, coincident=True, linear=True)(zero)
+        rule(*names, wave=wave, coincident=True, linear=True, additive=True)(zero)
 
 
 def zero(op: Operation, g: Tensor | None, h: Tensor | None) -> None:
