@@ -75,8 +75,20 @@ BY_COLUMNS = {
     "residual": (lambda: Residual().eval(), (2, 3, 3)),
     "normalised": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
     "idle": (Idle, (4,)),
+    "grouped": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
     "gated": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GLU(), nn.Linear(3, 3)), (4,)),
 }
+
+
+class Normalised(nn.Module):
+    """A weight that is a function of parameters, where no sample is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.mixed = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) @ torch.softmax(self.mixed, 1)
 
 
 class Interpolated(nn.Module):
@@ -104,6 +116,7 @@ class Spectrum(nn.Module):
 BY_PRODUCTS = {
     "recurrent": (Recurrent, (3,)),
     "scaled": (Scaled, (3,)),
+    "normalised weight": (Normalised, (3,)),
     "interpolated": (Interpolated, (3,)),
     "spectrum": (Spectrum, (6,)),
 }
@@ -173,7 +186,7 @@ def test_diagonals_by_products(name, products):
     close(computed(BatchDiagHessian(products=products), model, lambda: losses().sum()), want)
 
 
-@pytest.mark.parametrize("name", ["mlp", "normalised"])
+@pytest.mark.parametrize("name", ["mlp", "normalised", "grouped"])
 def test_columns_and_products_agree(name):
     model, losses = built(BY_COLUMNS[name])
     for quantity in (DiagHessian, BatchDiagHessian):
@@ -217,9 +230,16 @@ def test_penalties_belong_to_no_sample():
     model, losses = built(BY_COLUMNS["mlp"])
     loss = lambda: losses().sum() + sum(p.square().sum() for p in model.parameters())  # noqa: E731
     close(computed(DiagHessian(), model, loss), hessian_diagonal(loss, list(model.parameters())))
-    for products, match in ((False, "no sample owns"), (True, "belongs to none")):
-        with extend(model, BatchDiagHessian(products=products)), pytest.raises(CurvatureError, match=match):
+    for products in (False, True):
+        with extend(model, BatchDiagHessian(products=products)), pytest.raises(CurvatureError, match="belongs to none"):
             loss().backward()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_products_count_rows_as_samples(samples):
+    model, losses = built(BY_PRODUCTS["recurrent"])
+    with extend(model, BatchDiagHessian(), samples=samples), pytest.raises(CurvatureError, match="Leave out samples="):
+        losses().sum().backward()
 
 
 def test_samples_that_depend_on_each_other():

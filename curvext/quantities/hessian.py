@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..axes import masked
+from ..axes import BATCH, masked
 from ..bending import MOST
 from ..diagonal import bends
 from ..errors import CurvatureError
 from ..graph import Graph, Operation
 from ..hessians import tracing
-from ..rules.default import MISTAKEN, quiet_vmap
+from ..rules.default import MISTAKEN
 from ..samples import Samples
-from ..sources import is_dense
+from ..sources import is_dense, may_start
+from ..tangents import pull
 from ..wave import Wave
 from .base import Quantity, Target, WholeGraph
 from .bends import BendFactor, exact
@@ -55,7 +56,7 @@ class DiagHessian(WholeGraph, Quantity):
 
     @property
     def waves(self) -> tuple[Wave, ...]:
-        return () if self.products else (BendFactor(),)
+        return (BendFactor(),)
 
     def rides(self, operations: Sequence[Operation] | None, targets: Sequence[Tensor]) -> bool:
         """Whether columns give it, and there are not too many of them."""
@@ -105,10 +106,7 @@ class DiagHessian(WholeGraph, Quantity):
         rows = torch.arange(len(index), device=x.device)
         basis = torch.zeros(len(index), x.numel(), dtype=gradient.dtype, device=x.device)
         basis[rows, index] = 1
-        with quiet_vmap():
-            (products,) = torch.autograd.grad(
-                gradient, x, basis.view(-1, *x.shape), is_grads_batched=True, retain_graph=True, allow_unused=True
-            )
+        (products,) = pull([gradient], [x], [basis.view(-1, *x.shape)])
         return torch.zeros_like(rows, dtype=x.dtype) if products is None else products.flatten(1)[rows, index].detach()
 
 
@@ -120,10 +118,22 @@ class BatchDiagHessian(BySample, DiagHessian):
     are taken for one sample at a time.
 
     Raises:
-        CurvatureError: as there; and if samples depend on each other, or a term of the loss belongs to none.
+        CurvatureError: as there; and if samples depend on each other, a term of the loss belongs to none, or products
+            are needed and ``samples=`` says that rows of the loss are no samples.
     """
 
     savefield = "diag_h_batch"
+
+    def rides(self, operations: Sequence[Operation] | None, targets: Sequence[Tensor]) -> bool:
+        """Also whether none of the columns start where no sample is, as those of a weight that is normalised do."""
+        if super().rides(operations, targets) and not any([_bends_shared(op) for op in operations or ()]):
+            return True
+        if any([_has_samples_given(op) for op in operations or ()]):
+            raise CurvatureError(
+                "BatchDiagHessian: products are needed here (see DiagHessian), which count every row of the loss as a "
+                "sample. Leave out samples=, and let the leading dimension of what the loss sums up be the samples"
+            )
+        return False
 
     def _squares(self, found: Arrived, target: Target) -> list[Tensor]:
         return [squared_by_sample(columns, target) for columns in found.parts(type(self).__name__)]
@@ -142,6 +152,17 @@ class BatchDiagHessian(BySample, DiagHessian):
             own = torch.autograd.grad(edges, targets, parts, create_graph=True, allow_unused=True)
             rows.append(self._diagonals(own, targets))
         return [None if None in row else torch.stack(row) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
+
+
+def _bends_shared(op: Operation) -> bool:
+    """Whether it bends what all samples share, below the sum over them."""
+    return not op.summed and may_start(op) and not any([n and a for n, a in zip(op.needs, op.axes_in, strict=True)])
+
+
+def _has_samples_given(op: Operation) -> bool:
+    """Whether the samples are not the rows of what the loss sums up."""
+    places = [(axis, meta) for axis, meta in zip(op.axes_in, op.inputs, strict=True) if axis is not None]
+    return any([axis is BATCH or (op.summed and meta.shape[axis.dim] != op.n_samples) for axis, meta in places])
 
 
 def _summed_up(loss: Tensor, targets: Sequence[Tensor]) -> tuple[list[GradientEdge], list[Any], int]:
