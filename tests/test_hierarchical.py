@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,32 @@ class TestTree:
         assert ClusterTree(space, order="column").permutation.tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
         assert ClusterTree(space, order="flat").permutation is None
         assert ClusterTree(Space.of({"field": torch.zeros(9)})).permutation is None  # nothing is moved
+
+    @given(n=st.integers(1, 200), leaf=st.integers(1, 40))
+    def test_halves(self, n, leaf):
+        tree = ClusterTree(n, leaf)
+        assert len(tree.aligned()) - 1 in (tree.depth, tree.depth + 1)
+        for level, places in enumerate(tree.aligned()):
+            sizes = torch.tensor(places).diff()
+            assert places[0] == 0 and places[-1] == n and sizes.sum() == n and sizes.min() >= min(tree.leaf / 2, n)
+            assert sizes.max() <= max(tree.leaf, math.ceil(n / 2**level))
+
+    @given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=4), leaf=st.integers(1, 30))
+    def test_nodes_end_with_modules_and_units(self, sizes, leaf):
+        layers = [nn.Linear(i, o) for i, o in pairwise(sizes)]
+        levels = ClusterTree(Space.of(dict(nn.Sequential(*layers).named_parameters())), leaf).aligned()
+        ends = torch.tensor([0, *(m.in_features + 1 for m in layers for _ in range(m.out_features))]).cumsum(0)
+        modules = torch.tensor([0, *(m.out_features * (m.in_features + 1) for m in layers)]).cumsum(0).tolist()
+        for above, places in pairwise(levels):
+            assert set(above) < set(places)
+            for a, b in pairwise(above):
+                new = [x for x in places if a < x < b]
+                assert len(new) <= 1
+                for borders in (modules, ends.tolist()):
+                    inside = [x for x in borders if a < x < b]
+                    if new and inside:
+                        assert abs(2 * new[0] - a - b) == min(abs(2 * x - a - b) for x in inside)
+                        break
 
     def test_cells_of_space(self):
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4))

@@ -14,15 +14,60 @@ from .tree import ClusterTree
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """Of one level, from ``first [nodes]``, of ``sizes [nodes]`` entries, parts of ``parents [nodes]``."""
+
+    first: Tensor
+    sizes: Tensor
+    parents: Tensor
+
+    def alike(self, chosen: Tensor) -> Iterator[Pairs]:
+        """Pairs on the diagonal and above it, as ``chosen [nodes, nodes]``, those of one shape together."""
+        for mirrored in (False, True):
+            i, j = (chosen.triu(1) if mirrored else chosen.diagonal().diag()).nonzero().mT
+            shapes, shape = torch.stack([self.sizes[i], self.sizes[j]]).unique(dim=1, return_inverse=True)
+            for own in range(shapes.shape[1]):
+                yield Pairs(self, i[shape == own], j[shape == own], mirrored)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """``[nodes, nodes]`` to the sums over pairs of children, ``[parents, parents]``."""
+        for _ in range(2):
+            x = x.new_zeros(int(self.parents[-1]) + 1, x.shape[1]).index_add_(0, self.parents, x).mT
+        return x
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs of a level's nodes, all of one shape, i = j or i < j."""
+
+    nodes: Nodes
+    i: Tensor
+    j: Tensor
+    mirrored: bool
+
+    def places(self) -> Tensor:
+        """First rows and columns, ``[2, B]``."""
+        return torch.stack([self.nodes.first[self.i], self.nodes.first[self.j]]).int()
+
+    def of(self, a: Tensor) -> Tensor:
+        """Their blocks ``[B, m, n]``."""
+        (i, j), sizes = self.places(), self.nodes.sizes
+        m, n = (torch.arange(int(sizes[k[0]]), device=a.device) for k in (self.i, self.j))
+        return a[(i[:, None] + m).unsqueeze(2), (j[:, None] + n).unsqueeze(1)]
+
+
+@dataclass(frozen=True)
 class Level:
     """The spectra of a level's blocks; those below the diagonal, which mirror others, count as nothing.
 
     Args:
+        nodes: of the level.
         energies: the squared singular values ``[nodes, nodes, n]``, twice off the diagonal.
         column: the floats that one of them takes with its vectors and place, at most, ``[nodes, nodes, 1]``.
         entries: the floats of a whole block and its place, ``[nodes, nodes]``.
     """
 
+    nodes: Nodes
     energies: Tensor
     column: Tensor
     entries: Tensor
@@ -48,36 +93,41 @@ class Plan:
 def adapted(a: Tensor, tree: ClusterTree, tolerance: float | None, floats: int | None) -> HierarchicalOperator:
     """The partition of least ‖A - result‖² + μ floats, with the μ that meets ``tolerance``, or else ``floats``.
 
-    Only leaves' blocks are stored entry by entry, as four smaller ones take as much as a larger one. The diagonal is
-    exact. Takes the singular values of all blocks of all levels: O(size³), once.
+    Blocks are between nodes of :meth:`ClusterTree.aligned`: a Hessian's are of low rank where they end with units. Only
+    leaves' blocks are stored entry by entry, as four smaller ones take as much as a larger one. The diagonal is exact.
+    Takes the singular values of all blocks of all levels: O(size³), once.
     """
-    levels = [_level(a, level) for level in range(tree.depth + 1)]
+    levels = [_level(a, nodes) for nodes in _nodes(tree, a.device)]
     norm = float(a.double().square().sum())
     plan = _least(levels, norm, tolerance, None if floats is None else floats - tree.size)
-    blocks = [b for level, rank in enumerate(plan.ranks) for b in _low_rank(a, level, rank)]
-    blocks += _dense(a, tree.depth, plan.dense)
-    diagonal = a.diagonal() - sum(b.diagonal().squeeze(1) for b in blocks)
-    result = HierarchicalOperator(tree, [], diagonal.view(-1, 1, 1), blocks=blocks)
-    missing = max(0.0, plan.missing - float(diagonal.double().square().sum()))
-    result.scale, result.error = norm**0.5, (missing / norm) ** 0.5 if norm else 0.0
+    blocks = [b for level, rank in zip(levels, plan.ranks, strict=True) for b in _low_rank(a, level.nodes, rank)]
+    blocks += [Blocks(p.places(), (p.of(a),), p.mirrored) for p in levels[-1].nodes.alike(plan.dense)]
+    missing = a.diagonal().clone()
+    for block in blocks:
+        block.scaled(-1.0).add_diagonal(missing)
+    result = HierarchicalOperator(tree, [], missing.view(-1, 1, 1), blocks=blocks)
+    left = max(0.0, plan.missing - float(missing.double().square().sum()))
+    result.scale, result.error = norm**0.5, (left / norm) ** 0.5 if norm else 0.0
     return result
 
 
-def _nodes(a: Tensor, level: int) -> Tensor:
-    """``[nodes, nodes, n, n]``."""
-    n = len(a) >> level
-    return a.view(1 << level, n, 1 << level, n).transpose(1, 2)
+def _nodes(tree: ClusterTree, device: torch.device) -> Iterator[Nodes]:
+    above = torch.zeros(1, dtype=torch.long, device=device)
+    for places in tree.aligned():
+        first, end = (torch.tensor(x, device=device) for x in (places[:-1], places[1:]))
+        yield Nodes(first, end - first, torch.searchsorted(above, first, right=True) - 1)
+        above = first
 
 
-def _level(a: Tensor, level: int) -> Level:
-    nodes, n = 1 << level, len(a) >> level
-    energies = a.new_zeros(nodes, nodes, n, dtype=torch.float64)
-    blocks, own = _nodes(a, level), torch.arange(nodes, device=a.device)
-    i, j = torch.triu_indices(nodes, nodes, 1, device=a.device)
-    energies[i, j] = 2 * torch.linalg.svdvals(blocks[i, j]).double().square()
-    energies[own, own] = torch.linalg.eigvalsh(blocks[own, own]).double().square()
-    unit, place = torch.eye(nodes, dtype=torch.float64, device=a.device), 8 / a.element_size()
-    return Level(energies, (n * (2 - unit) + 1 + place).unsqueeze(-1), torch.full_like(unit, n * n + place).triu())
+def _level(a: Tensor, nodes: Nodes) -> Level:
+    sizes = nodes.sizes
+    energies = a.new_zeros(len(sizes), len(sizes), int(sizes.max()), dtype=torch.float64)
+    for pairs in nodes.alike(torch.ones_like(energies[..., 0])):
+        values = torch.linalg.svdvals(pairs.of(a)) if pairs.mirrored else torch.linalg.eigvalsh(pairs.of(a))
+        energies[pairs.i, pairs.j, : values.shape[1]] = (1 + pairs.mirrored) * values.double().square()
+    place = 8 / a.element_size()
+    column = (sizes.unsqueeze(1) + sizes - sizes.diag() + 1 + place).double()
+    return Level(nodes, energies, column.unsqueeze(-1), (sizes.unsqueeze(1) * sizes + place).triu().double())
 
 
 def _least(levels: list[Level], norm: float, tolerance: float | None, floats: int | None) -> Plan:
@@ -99,8 +149,7 @@ def _plan(levels: list[Level], mu: float) -> Plan:
     for level in reversed(levels):
         cost = torch.minimum(level.energies, mu * level.column).sum(-1)
         wins.append(cost <= split)
-        split = torch.minimum(cost, split)
-        split = split.view(len(split) // 2, 2, -1, 2).sum((1, 3)) if len(split) > 1 else split
+        split = level.nodes.summed(torch.minimum(cost, split))
     return _choices(levels, wins[::-1], mu)
 
 
@@ -108,8 +157,7 @@ def _choices(levels: list[Level], wins: list[Tensor], mu: float) -> Plan:
     open_ = torch.ones_like(wins[0])
     ranks, missing, floats = [], 0.0, 0.0
     for level, win in zip(levels, wins, strict=True):
-        more = len(win) // len(open_)
-        open_ = open_.repeat_interleave(more, 0).repeat_interleave(more, 1)
+        open_ = open_[level.nodes.parents][:, level.nodes.parents]
         kept = level.energies > mu * level.column
         ranks.append(torch.where(open_ & win, kept.sum(-1), -1))
         missing += float((level.energies * ~kept)[open_ & win].sum())
@@ -119,32 +167,26 @@ def _choices(levels: list[Level], wins: list[Tensor], mu: float) -> Plan:
     return Plan(ranks, dense, missing, floats + float((levels[-1].entries * dense).sum()))
 
 
-def _places(chosen: Tensor, mirrored: bool) -> Tensor:
-    """Off the diagonal, or on it, ``[2, B]``."""
-    return (chosen.triu(1) if mirrored else chosen.diagonal().diag()).nonzero().int().mT
-
-
-def _low_rank(a: Tensor, level: int, ranks: Tensor) -> Iterator[Blocks]:
+def _low_rank(a: Tensor, nodes: Nodes, ranks: Tensor) -> Iterator[Blocks]:
     """Blocks of 1, 2, 4, ... columns, so that few batches hold all ranks without padding."""
-    for mirrored in (False, True):
-        i, j = places = _places(ranks > 0, mirrored)
-        if not len(i):
-            continue
-        rank = ranks[i, j]
-        u, c, v = _decomposed(_nodes(a, level)[i, j], mirrored)
+    for pairs in nodes.alike(ranks > 0):
+        rank, places = ranks[pairs.i, pairs.j], pairs.places()
+        u, c, v = _decomposed(pairs.of(a), pairs.mirrored)
         for bit in range(int(rank.max()).bit_length()):
             chosen = ((rank >> bit) & 1).nonzero().squeeze(1)
+            if not len(chosen):
+                continue
             first = rank[chosen] & ((1 << bit) - 1)
             columns = first.unsqueeze(1) + torch.arange(1 << bit, device=a.device)
             left, right = (_columns(x[chosen], columns) for x in (u, v))
-            factors = (left, c[chosen].gather(1, columns), right if mirrored else left)
-            yield Blocks(level, places[:, chosen], factors, mirrored)
+            factors = (left, c[chosen].gather(1, columns), right if pairs.mirrored else left)
+            yield Blocks(places[:, chosen], factors, pairs.mirrored)
 
 
 def _decomposed(blocks: Tensor, mirrored: bool) -> tuple[Tensor, Tensor, Tensor]:
     """U, c and V with the largest |c| first."""
     if mirrored:
-        u, s, vt = torch.linalg.svd(blocks)
+        u, s, vt = torch.linalg.svd(blocks, full_matrices=False)
         return u, s, vt.mT
     values, vectors = torch.linalg.eigh(blocks)
     order = values.abs().argsort(descending=True)
@@ -154,10 +196,3 @@ def _decomposed(blocks: Tensor, mirrored: bool) -> tuple[Tensor, Tensor, Tensor]
 
 def _columns(x: Tensor, which: Tensor) -> Tensor:
     return x.gather(2, which.unsqueeze(1).expand(-1, x.shape[1], -1))
-
-
-def _dense(a: Tensor, level: int, chosen: Tensor) -> Iterator[Blocks]:
-    for mirrored in (False, True):
-        i, j = places = _places(chosen, mirrored)
-        if len(i):
-            yield Blocks(level, places, (_nodes(a, level)[i, j],), mirrored)

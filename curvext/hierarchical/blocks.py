@@ -1,4 +1,4 @@
-"""Blocks anywhere in the matrix, between nodes of one level of the tree."""
+"""Blocks anywhere in the matrix."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Blocks:
-    """A[i, j] of B pairs of nodes, all with i = j; or all with i < j, and mirrored: A[j, i] = A[i, j]ᵀ.
+    """B blocks of one shape, all on the diagonal; or all above it, and mirrored: A[j, i] = A[i, j]ᵀ.
 
     Args:
-        level: of the nodes, which are 2^level.
-        places: i and j, ``[2, B]``, integers of 32 bits.
-        factors: the entries ``[B, n, n]`` alone, or U ``[B, n, k]``, c ``[B, k]`` and V ``[B, n, k]`` of U diag(c) Vᵀ.
-        mirrored: whether i < j.
+        places: their first rows and columns, ``[2, B]``, integers of 32 bits.
+        factors: the entries ``[B, m, n]`` alone, or U ``[B, m, k]``, c ``[B, k]`` and V ``[B, n, k]`` of U diag(c) Vᵀ.
+        mirrored: whether they are above the diagonal.
     """
 
-    level: int
     places: Tensor
     factors: tuple[Tensor, ...]
     mirrored: bool
 
-    def times(self, v: Tensor) -> Tensor:
-        """Products ``[size, K]`` to ``[size, K]``."""
-        x = v.reshape(1 << self.level, -1, v.shape[1])
-        out, (i, j) = torch.zeros_like(x), self.places
-        out.index_add_(0, i, _product(self.factors, x[j]))
-        if self.mirrored:
-            out.index_add_(0, j, _product(_transposed(self.factors), x[i]))
-        return out.reshape(v.shape)
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        """Rows ``[B, m]`` and columns ``[B, n]``."""
+        left, right = self.factors[0], _transposed(self.factors)[0]
+        i, j = self.places.unsqueeze(2)
+        return i + torch.arange(left.shape[1], device=i.device), j + torch.arange(right.shape[1], device=i.device)
 
-    def diagonal(self) -> Tensor:
-        """The diagonal's entries, as a column ``[size, 1]``."""
-        n = self.factors[0].shape[1]
-        out = self.factors[0].new_zeros(1 << self.level, n)
+    def add_times(self, out: Tensor, v: Tensor) -> None:
+        """``out +=`` their products with ``v [size, K]``, in place."""
+        i, j = self._indices()
+        out.index_add_(0, i.flatten(), _product(self.factors, v[j]).flatten(0, 1))
+        if self.mirrored:
+            out.index_add_(0, j.flatten(), _product(_transposed(self.factors), v[i]).flatten(0, 1))
+
+    def add_diagonal(self, out: Tensor) -> None:
+        """``out [size] +=`` the diagonal's entries, in place."""
         if not self.mirrored:
-            out.index_add_(0, self.places[0], _diagonal(self.factors))
-        return out.view(-1, 1)
+            out.index_add_(0, self._indices()[0].flatten(), _diagonal(self.factors).flatten())
 
     @property
     def bytes(self) -> int:

@@ -101,7 +101,7 @@ class HierarchicalOperator(Structured):
         for level, f in enumerate(self.levels, 1):
             add_times(out, f, level, v)
         for more in self.blocks:
-            out = out + more.times(v)
+            more.add_times(out, v)
         return out + self.across(v) if self.basis.shape[1] else out
 
     def across(self, v: Tensor) -> Tensor:
@@ -111,7 +111,9 @@ class HierarchicalOperator(Structured):
     def diagonal(self) -> Tensor:
         """The diagonal's entries ``[n]``."""
         entries = self.leaves.diagonal(dim1=1, dim2=2).flatten() + self.basis.square() @ self.values
-        return self.tree.leave(entries.unsqueeze(1) + sum(b.diagonal() for b in self.blocks)).squeeze(1)
+        for more in self.blocks:
+            more.add_diagonal(entries)
+        return self.tree.leave(entries.unsqueeze(1)).squeeze(1)
 
     def trace(self) -> Tensor:
         """tr A."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +35,9 @@ class ClusterTree:
         self.depth = max(0, math.ceil(math.log2(self.n / leaf)))
         self.leaf = math.ceil(self.n / 2**self.depth)
         self.size = self.leaf << self.depth
-        self.permutation = _permutation(n, order)
+        modules = _modules(n, order)
+        self.modules = [(len(units), units.shape[1]) for units in modules]
+        self.permutation = _unless_sorted(torch.cat([units.flatten() for units in modules]))
         self._back = None if self.permutation is None else self.permutation.argsort()
 
     def enter(self, v: Tensor) -> Tensor:
@@ -50,6 +54,26 @@ class ClusterTree:
         """Ones where the padding is, ``[size]``."""
         return (torch.arange(self.size, device=device) >= self.n).double()
 
+    def aligned(self) -> list[list[int]]:
+        """Nodes of another tree, in the same order but of any size: where they begin, level by level, and the end.
+
+        A node of more than ``leaf`` entries is split at the border nearest to its middle, between modules if there is
+        one, else between units, else in half; others are nodes of the next level too.
+        """
+        borders, levels = self._borders(), [[0, self.n]]
+        while max(b - a for a, b in pairwise(levels[-1])) > self.leaf:
+            more = {_middle(a, b, borders) for a, b in pairwise(levels[-1]) if b - a > self.leaf}
+            levels.append(sorted(more.union(levels[-1])))
+        return levels
+
+    def _borders(self) -> tuple[list[int], list[int]]:
+        """Where modules begin, and where units do."""
+        modules, units = [0], []
+        for count, entries in self.modules:
+            units += [modules[-1] + unit * entries for unit in range(count)]
+            modules.append(modules[-1] + count * entries)
+        return modules, units
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClusterTree):
             return NotImplemented
@@ -63,8 +87,24 @@ class ClusterTree:
         return f"ClusterTree({self.n}, leaf={self.leaf}, depth={self.depth})"
 
 
-def _permutation(n: int | Space, order: str | Tensor | Sequence[int]) -> Tensor | None:
-    size = n if isinstance(n, int) else n.size
+def _middle(a: int, b: int, borders: tuple[list[int], list[int]]) -> int:
+    """The border inside that is nearest to the middle, of the first kind that has any."""
+    for ends in borders:
+        i = bisect(ends, (a + b) // 2)
+        inside = [end for end in ends[max(0, i - 1) : i + 1] if a < end < b]
+        if inside:
+            return min(inside, key=lambda end: abs(2 * end - a - b))
+    return (a + b) // 2
+
+
+def _modules(n: int | Space, order: str | Tensor | Sequence[int]) -> list[Tensor]:
+    """The indices in their order, ``[units, entries of one]`` for each module; without modules, each is a unit."""
+    if isinstance(n, Space) and isinstance(order, str) and order in ("row", "column"):
+        return _by_module(n, order)
+    return [_permutation(n if isinstance(n, int) else n.size, order).unsqueeze(1)]
+
+
+def _permutation(size: int, order: str | Tensor | Sequence[int]) -> Tensor:
     if not isinstance(order, str):
         order = torch.as_tensor(order)
         return _checked(_along_curve(order) if order.dim() == 2 else order, size)
@@ -74,10 +114,11 @@ def _permutation(n: int | Space, order: str | Tensor | Sequence[int]) -> Tensor 
         raise ValueError(
             f"ClusterTree: order {order!r}; there are 'row', 'column', 'flat', 'random', permutations and places"
         )
-    if isinstance(n, int) or order == "flat":
-        return None
-    found = torch.cat(_by_module(n, order))
-    return None if torch.equal(found, torch.arange(size)) else found
+    return torch.arange(size)
+
+
+def _unless_sorted(order: Tensor) -> Tensor | None:
+    return None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
 
 
 def _checked(order: Tensor, size: int) -> Tensor:
@@ -110,4 +151,4 @@ def _by_module(space: Space, order: str) -> list[Tensor]:
             places = places.transpose(0, 1)
         units = places.shape[0] if shape else 1
         modules.setdefault((name.rpartition(".")[0], units), []).append(places.reshape(units, -1))
-    return [torch.cat(tensors, 1).flatten() for tensors in modules.values()]
+    return [torch.cat(tensors, 1) for tensors in modules.values()]
