@@ -155,6 +155,12 @@ def test_schedulers_and_new_groups():
     assert optimizer.param_groups is optimizer.optimizer.param_groups
 
 
+def test_schedulers_find_the_momentum():
+    adam = torch.optim.Adam(mlp().parameters())
+    torch.optim.lr_scheduler.OneCycleLR(ScaledStep(adam), max_lr=1.0, total_steps=4)
+    assert adam.param_groups[0]["betas"][0] == 0.95  # where its cycle begins
+
+
 def test_the_gradient_alone_needs_no_block(monkeypatch):
     model = mlp()
     monkeypatch.setattr("curvext.optim.block.extend", None)

@@ -69,7 +69,7 @@ class ScaledStep(DiagonalOptimizer):
         if isinstance(optimizer, torch.optim.LBFGS) or hasattr(optimizer, "report"):
             raise ValueError(f"ScaledStep: {type(optimizer).__name__} evaluates the closure itself; it has a search")
         super().__init__(optimizer.param_groups, {})
-        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.optimizer, self.param_groups, self.defaults = optimizer, optimizer.param_groups, optimizer.defaults
         self.delta, self.max_scale, self.beta = delta, max_scale, beta
         self.curvature, self.average, self.scale = curvature, average, torch.tensor(max_scale)
 
