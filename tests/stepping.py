@@ -36,7 +36,12 @@ def torch_step(model, optimizer):
     return optimizer.step(closure)
 
 
-STEPS = {"own block": block_step, "closure": lambda m, o: o.step(loss_of(m)), "torch's closure": torch_step}
+STEPS = {
+    "own block": block_step,
+    "closure": lambda m, o: o.step(loss_of(m)),
+    "closure with outputs": lambda m, o: o.step(lambda: (loss_of(m)(), m(X.to(m[0].weight)))),
+    "torch's closure": torch_step,
+}
 
 
 def parameters(model):

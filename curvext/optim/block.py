@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import CurvatureError
 from ..extend import extend
-from .checked import CheckedOptimizer
+from .checked import CheckedOptimizer, parts
 
 Ready = list[tuple[dict[str, Any], list[Tensor]]]  # groups, and their parameters that have a gradient
 
@@ -19,10 +19,11 @@ Ready = list[tuple[dict[str, Any], list[Tensor]]]  # groups, and their parameter
 class BlockOptimizer(CheckedOptimizer):
     """An optimizer that reads a gradient and quantities from parameters, once a step.
 
-    ``step(closure)`` runs the block itself, with a closure that returns the loss and calls no ``backward``, or with one
-    of PyTorch's convention, which zeroes the gradients and calls ``loss.backward()``. ``step()`` takes what your own
-    block has left. All is checked before anything is updated. Under ``torch.amp.GradScaler``,
-    ``scaler.step(optimizer)`` unscales the quantities together with the gradients, as both are linear in the loss.
+    ``step(closure)`` runs the block itself, with a closure that returns the loss, or ``(loss, outputs)``, and calls no
+    ``backward``; or with one of PyTorch's convention, which zeroes the gradients and calls ``loss.backward()``.
+    ``step()`` takes what your own block has left. All is checked before anything is updated. Under
+    ``torch.amp.GradScaler``, ``scaler.step(optimizer)`` unscales the quantities together with the gradients, as both
+    are linear in the loss.
 
     Subclasses give ``_quantities()``, ``_wrong(p, group)`` and ``_update(ready)``.
     """
@@ -76,7 +77,7 @@ class BlockOptimizer(CheckedOptimizer):
                 Without it, those that your own block has left on the parameters are used.
 
         Returns:
-            What the closure returned.
+            The loss that the closure returned.
         """
         loss = None if closure is None else self._evaluate(closure)
         if getattr(self, "found_inf", 0):  # set by GradScaler: gradients have overflowed
@@ -99,7 +100,7 @@ class BlockOptimizer(CheckedOptimizer):
                 return self._backward(closure, block)
 
     def _backward(self, closure: Callable[[], Any], block: extend | None) -> Any:
-        loss, who = closure(), type(self).__name__
+        (loss, _), who = parts(closure()), type(self).__name__
         if block is not None and block.backwards:
             return loss
         has_gradients = any(p.grad is not None for group in self.param_groups for p in group["params"])

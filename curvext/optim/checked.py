@@ -32,6 +32,11 @@ class CheckedOptimizer(Optimizer):
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {group[name]}")
 
 
+def parts(found: Any) -> tuple[Any, Any]:
+    """The loss and the outputs of what a closure has returned, which may be the loss alone."""
+    return found if isinstance(found, tuple) and len(found) == 2 else (found, [])
+
+
 def numbers(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Random numbers of a step. On a CPU the last 32 bits of a generator's seed are all that counts."""
     return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + step) % 2**32)

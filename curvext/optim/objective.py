@@ -13,6 +13,7 @@ from ..errors import CurvatureError
 from ..operators.data import twice_differentiable
 from ..operators.space import Space
 from ..solvers import FullStep, Step
+from .checked import parts
 from .point import BACKWARD, Point
 from .search import Found, LineSearch, Trials
 
@@ -99,7 +100,7 @@ class Objective:
         self.evaluations += 1
         with torch.enable_grad(), twice_differentiable(None) if twice and self.second_order else nullcontext():
             found = closure()
-            loss, outputs = found if isinstance(found, tuple) and len(found) == 2 else (found, [])
+            loss, outputs = parts(found)
             outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not all(isinstance(z, Tensor) for z in outputs):
                 raise CurvatureError(
