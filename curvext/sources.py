@@ -63,6 +63,11 @@ def _reduces(op: Operation) -> bool:
     return one and (op.summed or op.axes_out[0] is BATCH) and prod(needed[0].shape) > 1
 
 
+def filled(op: Operation) -> list[bool]:
+    """By input: whether it leads to a target, and has entries."""
+    return [need and 0 not in meta.shape for need, meta in zip(op.needs, op.inputs, strict=True)]
+
+
 def is_layer(op: Operation) -> bool:
     """Whether samples meet trained weights here. What is below is the model: if nothing bent above, B = 0."""
     meets = any([axis is not None for axis in op.axes_out])
@@ -71,7 +76,7 @@ def is_layer(op: Operation) -> bool:
 
 def loss_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHessian]:
     """B = ∂²⟨g, f(x)⟩/∂x² at the inputs of an operation; empty if it bends nothing."""
-    if not may_start(op) or not any(v is not None and v.numel() for v in g):
+    if not may_start(op) or not any(v is not None and v.numel() for v in g) or not any(filled(op)):
         return {}
     rule, groups = registry.find(op, "source"), joint(op)
     if rule is not None and not op.coincident:

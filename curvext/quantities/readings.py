@@ -114,7 +114,10 @@ class BySample(Quantity):
 
 
 class ColumnsBySample(BySample):
-    """The columns themselves, ``[C, N, *P]``, those of one source after those of another."""
+    """The columns themselves, ``[C, N, *P]``, those of one source after those of another.
+
+    Of several backward passes, one with fewer columns (of shorter sequences) has zeros for the others.
+    """
 
     leading = (0,)
 
@@ -128,9 +131,17 @@ class ColumnsBySample(BySample):
             found.setdefault(place, []).append(formed(kept, target, kept.size))
         return found or None
 
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        more = len(a) - len(b)
+        return super().add(_padded(a, -more), _padded(b, more))
+
     def join(self, a: Any, b: Any) -> Any:
         return {place: [*a.get(place, ()), *b.get(place, ())] for place in {**a, **b}}
 
     def complete(self, value: Any) -> Tensor:
         parts = [part for of_source in value.values() for part in of_source]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _padded(columns: Tensor, by: int) -> Tensor:
+    return torch.cat([columns, columns.new_zeros(by, *columns.shape[1:])]) if by > 0 else columns

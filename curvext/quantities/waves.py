@@ -16,7 +16,7 @@ from ..graph import Edge, Operation
 from ..hessians import ALL, DiagonalHessian, LossHessian, convex
 from ..output import Output, convex_in_output
 from ..persample import Dense, PerSample
-from ..sources import is_layer, loss_hessian, may_start, starts
+from ..sources import filled, is_layer, loss_hessian, may_start, starts
 from ..tangents import Above
 from ..wave import Wave
 
@@ -67,7 +67,7 @@ class SampleGradients(Wave):
 
     def step(self, op: Operation, g: Sequence[Tensor | None], wave: Waves) -> Waves:
         found: list[Any] = [None] * len(op.edges)
-        if any(isinstance(w, _Unowned) for w in wave) or (op.summed and any(v is not None for v in g)):
+        if any(isinstance(w, _Unowned) for w in wave) or (op.summed and any(v is not None and v.numel() for v in g)):
             return [_Unowned() if parting else None for parting, _ in self._places(op)]
         columns = [
             None if v is None or axis is None else v.detach().unsqueeze(0)
@@ -91,7 +91,7 @@ class SampleGradients(Wave):
     @staticmethod
     def _places(op: Operation) -> list[tuple[bool, bool]]:
         """By input: whether samples part here, and whether it holds them but is read, or counts as shared, below."""
-        places = zip(op.needs, op.axes_seen, op.axes_in, op.ends, strict=True)
+        places = zip(filled(op), op.axes_seen, op.axes_in, op.ends, strict=True)
         return [(need and s is None, need and s is not None and (end or a is None)) for need, s, a, end in places]
 
     def add(self, a: Any, b: Any) -> Any:
