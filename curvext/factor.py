@@ -82,8 +82,8 @@ def pass_columns(op: Operation, s: Columns, wanted: Sequence[bool]) -> list[Tens
 
 
 def _mapped(op: Operation, products: Any, columns: list[Tensor]) -> list[Tensor]:
-    """One product for every column, together; node by node where PyTorch cannot."""
-    if op.kind not in UNBATCHED and not op.is_python:
+    """One product for every column, together; one by one where PyTorch cannot, or it is one."""
+    if len(columns[0]) > 1 and op.kind not in UNBATCHED and not op.is_python:
         try:
             with quiet_vmap():
                 return list(torch.vmap(products)(*columns))

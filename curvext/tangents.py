@@ -68,7 +68,9 @@ def pass_tangents(op: Operation, t: Sequence[Tensor | None]) -> Sequence[Tensor 
     """Σ_i J_i t_i at every output, of tangents ``[V, *shape]`` at the inputs (``None``: zero)."""
     rule = registry.find(op, "tangent")
     found = None if rule is None else rule.function(op, t)
-    return _transposed(op, t) if found is None else [found, *[None] * (len(op.outputs) - 1)]
+    if rule is None or found is None:
+        return _transposed(op, t)
+    return found if rule.outputs == "all" else [found, *[None] * (len(op.outputs) - 1)]
 
 
 def _transposed(op: Operation, t: Sequence[Tensor | None]) -> list[Tensor | None]:

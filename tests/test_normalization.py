@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.functional import jvp
 
 from curvext import HesScale, extend
 from curvext.registry import RULES
@@ -19,12 +20,18 @@ def test_fused_rms_norm(float64, normalized):
     x, weight = torch.randn(4, 2, 3), torch.randn(normalized)
     dims = tuple(range(-len(normalized), 0))
     saved = {"input": x, "weight": weight, "result1": (x.square().mean(dims, keepdim=True) + 0.1).rsqrt()}
-    op = SimpleNamespace(**saved, normalized_shape=normalized, needs=(True, True))
+    named = {"name": "FusedRmsNormBackward0", "needs": (True, True), "outputs": (x,)}
+    op = SimpleNamespace(**saved, **named, normalized_shape=normalized)
     g, h = torch.randn(2, *x.shape)
     waves = RULES["FusedRmsNormBackward0", "diagonal"](op, g, h)
     for i, wave in enumerate(waves[:2]):
         want = equation_2(lambda x, w: F.rms_norm(x, normalized, w, 0.1), [x, weight], i, g, h)
         torch.testing.assert_close(wave.sum_to_size(want.shape), want)
+    t = torch.randn(2, *x.shape), torch.randn(2, *normalized)
+    got = RULES["FusedRmsNormBackward0", "tangent"].function(op, t)
+    for v in range(2):
+        _, want = jvp(lambda x, w: F.rms_norm(x, normalized, w, 0.1), (x, weight), (t[0][v], t[1][v]))
+        torch.testing.assert_close(got[v], want)
 
 
 NORMS = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from curvext import KFLR, BatchGrad, CurvatureError, DiagGGNExact, HesScale, extend, factor, registry
+from curvext import GGNMP, KFLR, BatchGrad, CurvatureError, DiagGGNExact, HesScale, extend, factor, registry
 from curvext.diagonal import pass_diagonal, through
 from curvext.graph import Graph, Operation, edge_of
 from curvext.rules.recurrent import lstm_waves
@@ -68,12 +68,12 @@ def test_fused_lstm_equals_its_steps(options):
 @pytest.mark.parametrize("options", LSTMS.values(), ids=LSTMS)
 @pytest.mark.parametrize("of", ["outputs", "states", "both"])
 def test_columns_of_a_fused_lstm(options, of, monkeypatch):
-    """Samples part in it as in its steps in double precision, and no product is taken for one column alone."""
+    """Samples part in it, and directions pass, as in its steps in double precision; no column is taken alone."""
     layer, x = nn.LSTM(3, 4, **options), torch.randn(5, 2, 3)
     batch = 0 if layer.batch_first else 1
     k, n = layer.num_layers * (1 + layer.bidirectional), x.shape[batch]
     start = {name: torch.randn(k, n, 4) for name in "hc"}
-    quantities = BatchGrad(), DiagGGNExact(), KFLR()
+    quantities = BatchGrad(), DiagGGNExact(), KFLR(), GGNMP()
 
     def results(dtype):
         tensors = {**dict(layer.to(dtype).named_parameters())}
@@ -85,13 +85,16 @@ def test_columns_of_a_fused_lstm(options, of, monkeypatch):
         assert ("MkldnnRnnLayerBackward0" in node_names(loss)) is (dtype == torch.float32)
         with extend(tensors, *quantities) as curvature:
             loss.backward()
-        return {field: {name: _double(value) for name, value in found.items()} for field, found in curvature.items()}
+        assert "MkldnnRnnLayerBackward0" not in seen
+        along = {name: t.detach().arctan().unsqueeze(0) for name, t in tensors.items()}
+        products = {name: product(along[name]) for name, product in curvature["ggnmp"].items()}
+        found = {**curvature, "ggnmp": products}
+        return {field: {name: _double(value) for name, value in values.items()} for field, values in found.items()}
 
-    want = results(torch.float64)
     mapped, seen = factor._mapped, []
     monkeypatch.setattr(factor, "_mapped", lambda op, *args: (seen.append(op.name), mapped(op, *args))[1])
-    torch.testing.assert_close(results(torch.float32), want, rtol=1e-3, atol=1e-4)
-    assert "MkldnnRnnLayerBackward0" not in seen
+    want, got = map(results, (torch.float64, torch.float32))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
 def _double(value):
@@ -111,7 +114,7 @@ def test_rules_of_a_fused_lstm(reverse):
         return y, last_h, last_c
 
     checked = check_columns(outputs, *tensors, rtol=1e-3, atol=1e-4)
-    assert {("MkldnnRnnLayerBackward0", wave) for wave in ("samples", "factor", "shared")} <= checked
+    assert {("MkldnnRnnLayerBackward0", wave) for wave in ("samples", "factor", "shared", "tangent")} <= checked
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "weight_ih_l0 bias_hh_l0"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..graph import Operation
@@ -33,6 +34,12 @@ _aligned = [name for name, entry in registered("samples") if entry.layout == "al
 _reshaped = [name for name, entry in registered("samples") if entry.layout == "reshaped"]
 rule(*[name for name in _aligned if not any(o in name for o in OTHER)], wave="factor", how="structure")(entrywise)
 rule(*_reshaped, wave="factor", how="structure")(viewed)
+
+
+@rule("GeluBackward0", wave="factor", how="structure")
+def sloped(op: Operation, s: Tensor, wanted: Sequence[bool]) -> tuple[Tensor]:
+    """Entry by entry: S φ', the slopes from the node once."""
+    return (s * op.vjp(torch.ones_like(op.self))[0],)  # type: ignore[operator]
 
 
 @rule("ExpandBackward0", wave="factor", how="structure")

@@ -21,6 +21,7 @@ from ..axes import apart
 from ..graph import Operation
 from ..persample import Dense, PerSample
 from ..registry import rule
+from .tangents import Tangents, added, broadcast
 
 Waves = tuple[Tensor | None, Tensor | None, Tensor | None]
 Dims = list[int] | tuple[int, ...]
@@ -132,13 +133,18 @@ def _block(
     return wave, xhat.square_().mul_(h).sum(axes.shared, keepdim=True)
 
 
-@rule("NativeLayerNormBackward0")
+def fixed(op: Operation) -> bool:
+    """Whether x is: y is linear in γ and β."""
+    return not op.needs[0]
+
+
+@rule("NativeLayerNormBackward0", linear=fixed)
 def layer_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β along the last axes: a closed form in O(features), see rules/normalization.py."""
     return *_along_last(op, g, h, op.result1, op.result2), h
 
 
-@rule("FusedRmsNormBackward0")
+@rule("FusedRmsNormBackward0", linear=fixed)
 def rms_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """y = γ x/σ along the last axes, σ² = mean x² + ε: a closed form in O(features)."""
     return _along_last(op, g, h, None, op.result1)
@@ -156,7 +162,7 @@ def _along_last(
     return (None if wave is None else wave.reshape(op.input.shape)), (None if of_gamma is None else of_gamma[0])
 
 
-@rule("NativeGroupNormBackward0")
+@rule("NativeGroupNormBackward0", linear=fixed)
 def group_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β over the channels of a group and all positions: a closed form in O(features)."""
     split = (op.N, op.group, op.C // op.group, op.HxW)  # samples, groups, channels of a group, positions
@@ -173,7 +179,7 @@ def _flat(t: Tensor | None) -> Tensor | None:
 
 
 def by_running_statistics(op: Operation) -> bool:
-    """Whether running statistics were used, so that y is linear in x: those of the batch were not saved."""
+    """Whether running statistics were used (then those of the batch are not saved): y is linear in x too."""
     return not op.result1.numel()
 
 
@@ -186,7 +192,7 @@ def by_running_statistics(op: Operation) -> bool:
     "BatchNormWithUpdateBackward0",
     "CudnnBatchNormBackward0",
     "MiopenBatchNormBackward0",
-    linear=by_running_statistics,
+    linear=lambda op: fixed(op) or by_running_statistics(op),
 )
 def batch_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β over samples and positions, a closed form in O(entries); with running statistics h γ²/σ²."""
@@ -297,3 +303,33 @@ def _xhat(op: Operation) -> Tensor:
     running = by_running_statistics(op)
     mean, rstd = (op.running_mean, (op.running_var + op.eps).rsqrt()) if running else (op.result1, op.result2)
     return (x - _per_channel(mean, x)) * _per_channel(rstd, x)
+
+
+@rule(*ROWS, *CHANNELS, wave="tangent")
+def normalization_tangent(op: Operation, t: Tangents) -> Tensor | None:
+    """t_y = γ J t_x + x̂ t_γ + t_β with J = ∂x̂/∂x; for the statistics of a batch it is left to the node."""
+    if op.name in BATCHES and not by_running_statistics(op):
+        return None
+    x, gamma, beta = [*t, None][:3]
+    xhat = _xhat(op)
+
+    def wide(p: Tensor) -> Tensor:
+        return broadcast(p if op.name in ROWS else p.view(*p.shape, *[1] * (xhat.dim() - 2)), op)
+
+    if x is not None:
+        x = _normalized_tangent(op, xhat, x)
+        x = x if op.weight is None else x * wide(op.weight.unsqueeze(0))
+    return added(x, None if gamma is None else xhat * wide(gamma), None if beta is None else wide(beta))
+
+
+def _normalized_tangent(op: Operation, xhat: Tensor, t: Tensor) -> Tensor:
+    """J t = (t - mean t - x̂ mean(x̂t))/σ over the entries that are normalised together; t/σ with running statistics."""
+    if op.name in BATCHES:
+        return t * _per_channel((op.running_var + op.eps).rsqrt(), xhat)
+    centred = op.name != "FusedRmsNormBackward0"
+    rstd = op.result2 if centred else op.result1
+    rows = xhat.reshape(rstd.numel(), -1)
+    t = t.reshape(len(t), *rows.shape)
+    along = rows * (t * rows).mean(-1, keepdim=True)
+    along = along + t.mean(-1, keepdim=True) if centred else along
+    return (t - along).mul_(rstd.view(-1, 1)).view(-1, *xhat.shape)

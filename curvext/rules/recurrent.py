@@ -97,6 +97,25 @@ def lstm_layer_shared(op: Operation, s: Waves, wanted: Sequence[bool]) -> dict[i
     return {**found, **{i: Dense(waves.sum((2, 3))) for i in (3, 4) if wanted[i]}}
 
 
+@rule("MkldnnRnnLayerBackward0", wave="tangent", outputs="all")
+def lstm_layer_tangent(op: Operation, t: Waves) -> Waves:
+    """t_a = W_x t_x + t_Wx x + t_Wh h + t_b of all gates; then, step by step, W_h t_h is added, and c and h follow."""
+    x, before, steps = _steps(_tensors(op), (op.hx_, op.cx_), op.result0, op.reverse)
+    gates = x.new_zeros(len(next(s for s in t if s is not None)), *x.shape[:2], 1)
+    if t[0] is not None:
+        gates = gates + (t[0].flip(1) if op.reverse else t[0]) @ op.weight0.mT
+    for t_w, seen_by in ((t[1], x), (t[2], before)):
+        gates = gates if t_w is None else gates + seen_by @ t_w.mT.unsqueeze(1)
+    for t_b in t[3:5]:
+        gates = gates if t_b is None else gates + t_b[:, None, None]
+    at_h, at_c = (before.new_zeros(before.shape[-1]) if s is None else s for s in t[5:])
+    y = []
+    for k in range(len(x)):
+        at_h, at_c = steps.push(k, gates[:, k] + at_h @ op.weight1.mT, at_c)
+        y.append(at_h)
+    return [torch.stack(y[::-1] if op.reverse else y, 1), at_h, at_c]
+
+
 def _gates(op: Operation, s: Waves) -> tuple[Tensor, Pair, Tensor, Tensor]:
     """Columns of the gates ``[V, T, N, 4·O]`` and of the first state; x and h before, all in the order of the steps."""
     x, before, steps = _steps(_tensors(op), (op.hx_, op.cx_), op.result0, op.reverse)
@@ -146,6 +165,12 @@ class LstmSteps:
         """The gradient, or columns ``[V, N, O]``, of the gates of step t and of c_(t-1), from those of h_t and c_t."""
         g_gates, g_c = self._arriving(t, g)
         return (self.gate[t] * g_gates).flatten(-2), self.forget[t] * g_c
+
+    def push(self, t: int, gates: Tensor, c: Tensor) -> Pair:
+        """The tangents ``[V, N, O]`` of h_t and c_t, from those of the gates of step t and of c_(t-1)."""
+        through = self.gate[t] * gates.unflatten(-1, (4, -1))
+        c = torch.addcmul(through[..., :3, :].sum(-2), self.forget[t], c)
+        return torch.addcmul(through[..., 3, :], self.out[t], c), c
 
     def _arriving(self, t: int, g: Pair) -> tuple[Tensor, Tensor]:
         g_c = torch.addcmul(g[1], self.out[t], g[0])

@@ -12,12 +12,13 @@ from ..graph import Operation
 from ..registry import registered, rule
 from . import samples as samples  # whose rules are read below
 from .affine import sparse
-from .columns import OTHER
+from .columns import OTHER, sloped
 
 Tangents = Sequence[Tensor | None]
 
 
-def _sum(*terms: Tensor | None) -> Tensor | None:
+def added(*terms: Tensor | None) -> Tensor | None:
+    """Their sum, ``None`` being zero."""
     present = [term for term in terms if term is not None]
     return sum(present[1:], start=present[0]) if present else None
 
@@ -27,13 +28,14 @@ def entrywise(op: Operation, t: Tangents) -> Tensor | None:
     if op.is_complex:
         return None
     rest = [None] * (len(op.outputs) - 1)
-    wide = [None if x is None else _broadcast(x, op).to(op.outputs[0].dtype) for x in t]
+    wide = [None if x is None else broadcast(x, op).to(op.outputs[0].dtype) for x in t]
     found = [None if x is None else op.vjp(x, *rest)[i] for i, x in enumerate(wide)]
     alike = all([y is None or y.shape == x.shape for x, y in zip(wide, found, strict=True) if x is not None])
-    return _sum(*found) if alike else None  # some sum over what was broadcast
+    return added(*found) if alike else None  # some sum over what was broadcast
 
 
-def _broadcast(x: Tensor, op: Operation) -> Tensor:
+def broadcast(x: Tensor, op: Operation) -> Tensor:
+    """Tangents ``[V, *shape]`` in the shape of the output."""
     shape = op.outputs[0].shape
     return x.view(len(x), *[1] * (len(shape) - x.dim() + 1), *x.shape[1:]).expand(-1, *shape)
 
@@ -51,6 +53,13 @@ rule(*[name for name in _layouts["aligned"] if not any(o in name for o in OTHER)
 rule(*_layouts["reshaped"], wave="tangent", how="structure")(viewed)
 
 
+@rule("GeluBackward0", wave="tangent", how="structure")
+def gelu(op: Operation, t: Tangents) -> Tensor | None:
+    """t_y = φ' t."""
+    (x,) = t
+    return None if x is None else sloped(op, x, (True,))[0]
+
+
 @rule("TBackward0", "TBackward1", wave="tangent", how="structure")
 def t(op: Operation, t: Tangents) -> Tensor | None:
     """The transpose of every tangent."""
@@ -59,7 +68,7 @@ def t(op: Operation, t: Tangents) -> Tensor | None:
 
 
 def _product(a: Any, b: Any, t_a: Tensor | None, t_b: Tensor | None) -> Tensor | None:
-    return _sum(None if t_a is None else t_a @ b, None if t_b is None else a @ t_b)
+    return added(None if t_a is None else t_a @ b, None if t_b is None else a @ t_b)
 
 
 @rule("MmBackward0", "BmmBackward0", wave="tangent")
@@ -72,10 +81,10 @@ def mm(op: Operation, t: Tangents) -> Tensor | None:
 def addmm(op: Operation, t: Tangents) -> Tensor | None:
     """t_y = β t_C + α (t_A B + A t_B)."""
     factors = (op.mat1, op.mat2) if op.name == "AddmmBackward0" else (op.batch1, op.batch2)
-    added, product = t[0], _product(*factors, *t[1:])
-    if added is not None:
-        added = _broadcast(added, op) * op.beta
-    return _sum(added, product if product is None or op.alpha == 1 else product * op.alpha)
+    offset, product = t[0], _product(*factors, *t[1:])
+    if offset is not None:
+        offset = broadcast(offset, op) * op.beta
+    return added(offset, product if product is None or op.alpha == 1 else product * op.alpha)
 
 
 @rule("LinearBackward0", wave="tangent")
@@ -85,7 +94,7 @@ def linear(op: Operation, t: Tangents) -> Tensor | None:
     if w is not None:
         rows = op.node._saved_input.flatten(0, -2)  # type: ignore[attr-defined]
         w = (rows @ w.mT).view(len(w), *op.outputs[0].shape)
-    return _sum(None if x is None else x @ op.weight.mT, w, None if b is None else _broadcast(b, op))
+    return added(None if x is None else x @ op.weight.mT, w, None if b is None else broadcast(b, op))
 
 
 @rule("ConvolutionBackward0", wave="tangent")
@@ -100,4 +109,4 @@ def convolution(op: Operation, t: Tangents) -> Tensor | None:
         w = torch.stack([torch.convolution(node._saved_input, v, None, *geometry) for v in w])
     if b is not None:
         b = b.view(len(b), 1, -1, *[1] * (len(op.outputs[0].shape) - 2)).expand(-1, *op.outputs[0].shape)
-    return _sum(x, w, b)
+    return added(x, w, b)
