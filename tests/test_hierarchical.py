@@ -207,6 +207,13 @@ class TestNested:
         assert h.tree.leaf <= 16 and error(build(x @ x.T, 1e-10, format="nested").to_dense(), x @ x.T) <= 1e-10
         assert error(h.to_dense(), a) <= 1.1e-10
 
+    def test_a_tolerance_out_of_reach(self):
+        """No more columns than there are."""
+        a = Counting(kernel(300).float())
+        with raises(CurvatureError, match="above tolerance"):
+            build(a, 1e-6, format="nested", max_products=10**5)
+        assert a.products <= 6 * 300
+
     def test_within_bytes(self):
         a = kernel(1000)
         h = build(a, max_bytes=8 * 1000 * 64, format="nested")
@@ -244,6 +251,15 @@ class TestRefused:
         with raises(CurvatureError, match="finite"):
             build(torch.full((300, 300), math.nan), 1e-2)
 
+    @mark.parametrize("format", ["hodlr", "adaptive"])
+    def test_squares_that_are_not(self, format):
+        for scale in (1e-200, 1e200):
+            with raises(CurvatureError, match="out of range"):
+                build(scale * kernel(100), 1e-2, format=format)
+        for scale in (1e-30, 1e25):  # whose squares single precision has not
+            a = (scale * kernel(300)).float()
+            assert error(build(a, 1e-2, format=format).to_dense().double(), a.double()) <= 1.1e-2
+
     def test_bytes_and_tolerance_that_do_not_go_together(self):
         with raises(CurvatureError, match="above tolerance"):
             build(kernel(1000), 1e-6, max_bytes=8 * 1000 * 24)
@@ -261,6 +277,13 @@ class TestRefused:
             build(torch.eye(3).float(), 1e-8)
         with raises(ValueError, match="format"):
             build(torch.eye(3), 0.1, format="h2")
+        with raises(ValueError, match="leaf=0"):
+            build(kernel(100), 0.1, leaf=0)
+        with raises(CurvatureError, match="more than 0 products"):
+            build(kernel(300), 0.1).refreshed(kernel(300), 0.1, max_products=0)
+        for dtype in (torch.complex128, torch.float16, torch.long):
+            with raises(ValueError, match="float32 or float64"):
+                build(torch.eye(3, dtype=dtype), 0.1)
 
 
 class TestBytes:

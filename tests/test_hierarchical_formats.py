@@ -55,7 +55,7 @@ class Entries:
 
 
 class TestAdaptive:
-    @mark.parametrize("tolerance", [0.3, 1e-2, 1e-4, 1e-10])
+    @mark.parametrize("tolerance", [0.3, 1e-2, 1e-4, 1e-10, 1e-12])
     @mark.parametrize("matrix", [lambda: kernel(300), lambda: plane(17), lambda: spread(200, 9)])
     def test_error(self, matrix, tolerance):
         a = matrix()
@@ -257,6 +257,10 @@ class TestAuto:
         a = Counting(positive(100) / 100)
         h = build(a, max_bytes=8 * 100 * 8, format="auto", shift=0.02, max_products=200)
         assert h.products == a.products > 200 and 0 < h.error < 1
+
+    def test_one_reason_is_said_once(self):
+        with raises(CurvatureError, match=r"^lowrank, nested, hodlr, lowrank\+hodlr, adaptive: .*not symmetric[^;]*$"):
+            build(torch.randn(100, 100), 0.1, format="auto")
 
     def test_shift_is_for_auto(self):
         with raises(ValueError, match="shift"):

@@ -132,7 +132,7 @@ def _level(a: Tensor, nodes: Nodes) -> Level:
 
 def _least(levels: list[Level], norm: float, tolerance: float | None, floats: int | None) -> Plan:
     """The plan at the largest μ that is accurate enough, or the smallest that is cheap enough, by bisection."""
-    low, high = 1e-26 * norm, norm
+    low, high = 1e-34 * norm, norm
     best = _plan(levels, low if floats is None else high)
     for _ in range(40):
         mu = (low * high) ** 0.5

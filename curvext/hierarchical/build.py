@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .tree import ClusterTree
 from .update import compressed
 
 PROBES = 16
+ASYMMETRIC = "HierarchicalOperator: the operator is not symmetric. Take (A + A.T) / 2, or AᵀA"
 
 
 def approximate(
@@ -74,7 +75,8 @@ def approximate(
         raise ValueError(f"HierarchicalOperator: shift is what format='auto' chooses by, not {format!r}")
     n = operator.shape[0]
     most = 16 if format == "adaptive" else 32
-    tree = _tree(operator, leaf or _leaf(n, most, max_bytes, like.element_size()), order)
+    leaf = _leaf(n, most, max_bytes, like.element_size()) if leaf is None else leaf
+    tree = _tree(operator, leaf, order)
     source = Source(operator, tree, like, n if max_products is None else max_products, generator)
     if format == "auto":
         result = _best(source, tolerance, max_bytes, shift)
@@ -95,6 +97,8 @@ def _check(operator: Any, tolerance: float | None, max_bytes: int | None, format
         raise ValueError("HierarchicalOperator: pass tolerance, max_bytes or both")
     if format not in (*FORMATS, "auto"):
         raise ValueError(f"HierarchicalOperator: format {format!r}; there are {[*FORMATS, 'auto']}")
+    if like.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"HierarchicalOperator: an operator in {like.dtype}; pass it in torch.float32 or float64")
     least = 1e-6 if like.dtype == torch.float32 else 1e-12
     if tolerance is not None and not least <= tolerance < 1:
         raise ValueError(f"HierarchicalOperator: tolerance={tolerance} in {like.dtype}: from {least} to below 1")
@@ -124,8 +128,7 @@ class Probes:
         self.vectors = source.tree.enter(source.tree.leave(source.normal(source.tree.size, PROBES)))
         self.products = source(self.vectors)
         self.scale = float(self.products.double().square().sum().div(PROBES).sqrt())
-        if not math.isfinite(self.scale):
-            raise CurvatureError("HierarchicalOperator: products with the operator are not finite")
+        _check_scale(self.scale, self.products)
 
     def error(self, result: HierarchicalOperator) -> float:
         """‖(A - result) Ω‖ / ‖A Ω‖."""
@@ -134,11 +137,24 @@ class Probes:
 
     def check_symmetry(self) -> None:
         """Of Ωᵀ A Ω."""
-        s = self.vectors.mT @ self.products
-        if float((s - s.mT).norm()) > PROBES * self.scale * (1e-7 if s.dtype == torch.float64 else 1e-3):
-            raise CurvatureError(
-                "HierarchicalOperator: the operator is not symmetric: xᵀAy and yᵀAx differ. Take (A + A.T) / 2, or AᵀA"
-            )
+        s = self.vectors.double().mT @ self.products.double()
+        if float((s - s.mT).norm()) > PROBES * self.scale * _rounding(self.products.dtype):
+            raise CurvatureError(ASYMMETRIC)
+
+
+def _check_scale(norm: float, x: Tensor) -> None:
+    """Of x, entries or products, that it has squares that are finite, and not zero unless x is."""
+    if not 1e-150 < norm < 1e150 and bool((x != 0).any()):
+        raise CurvatureError(f"HierarchicalOperator: the operator's norm, {norm:.1e}, is not finite or out of range")
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """What products may differ by, relatively."""
+    return 1e-7 if dtype == torch.float64 else 1e-3
+
+
+def _norm(a: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a, dtype=torch.float64))
 
 
 def _begin(source: Source) -> Probes:
@@ -180,17 +196,16 @@ def lowrank_and_hodlr(source: Source, tolerance: float | None, max_bytes: int | 
 def _entries(source: Source) -> Tensor:
     """All of them, in the order of the tree."""
     a = source.matrix()
-    if not bool(a.isfinite().all()):
-        raise CurvatureError("HierarchicalOperator: entries of the operator are not finite")
-    if float((a - a.mT).norm()) > float(a.norm()) * (1e-7 if a.dtype == torch.float64 else 1e-3):
-        raise CurvatureError("HierarchicalOperator: the operator is not symmetric. Take (A + A.T) / 2, or AᵀA")
+    _check_scale(_norm(a), a)
+    if _norm(a - a.mT) > _norm(a) * _rounding(a.dtype):
+        raise CurvatureError(ASYMMETRIC)
     return (a + a.mT) / 2
 
 
 def _dense(source: Source) -> HierarchicalOperator:
     a = _entries(source)
     result = HierarchicalOperator(source.tree, [], a.unsqueeze(0))
-    result.error, result.scale = 0.0, float(a.norm())
+    result.error, result.scale = 0.0, _norm(a)
     return result
 
 
@@ -277,7 +292,7 @@ def nested_bases(source: Source, tolerance: float | None, max_bytes: int | None)
     total = None if max_bytes is None else _ranks(source, max_bytes)
     rank = 8 if total is None else total
     result, omega, y = _sampled(source, rank)
-    while tolerance is not None and total is None and probes.error(result) > tolerance / 2:
+    while tolerance is not None and total is None and rank < tree.n and probes.error(result) > tolerance / 2:
         rank *= 2
         result, omega, y = _sampled(source, rank, omega, y)
     result = compressed(result, ranks=total) if total is not None else compressed(result, 0.6 * (tolerance or 0.0))
@@ -308,7 +323,7 @@ FORMATS = {
 
 def _best(source: Source, tolerance: float | None, max_bytes: int | None, shift: float | None) -> HierarchicalOperator:
     """All formats, and of those that are possible the one with the least error, the least bytes or the fewest steps."""
-    results, refused, limit = [], [], source.limit
+    results, refused, limit = [], defaultdict(list), source.limit  # type: ignore[var-annotated]
     for name in FORMATS:
         if name == "adaptive" and (shift is not None or reader(source.operator) is None):
             continue
@@ -316,9 +331,9 @@ def _best(source: Source, tolerance: float | None, max_bytes: int | None, shift:
         try:
             results.append(FORMATS[name](source, tolerance, max_bytes))
         except CurvatureError as error:
-            refused.append(f"{name}: {error}")
+            refused[str(error)].append(name)
     if not results:
-        raise CurvatureError("; ".join(refused))
+        raise CurvatureError("; ".join(f"{', '.join(names)}: {why}" for why, names in refused.items()))
     if shift is not None:
         return _fewest_steps(source, results, shift)
     return min(results, key=lambda r: r.bytes if max_bytes is None else r.error or 0.0)
@@ -353,7 +368,8 @@ def correct(
     generator: torch.Generator | None = None,
 ) -> HierarchicalOperator:
     """See :func:`curvext.hierarchical.update.refreshed`."""
-    source = Source(operator, old.tree, old.leaves, max_products or old.tree.n, generator)
+    most = old.tree.n if max_products is None else max_products
+    source = Source(operator, old.tree, old.leaves, most, generator)
     probes = _begin(source)
     result = old.with_parts(old.levels, old.leaves)
     result.error = probes.error(old)
