@@ -210,6 +210,14 @@ def test_a_fused_loss_has_samples_too():
     close(got, sample_diagonals(model, lambda: (model(x) - y).square().mean(1) / N))
 
 
+def test_a_loss_of_terms_of_which_one_is_computed_from_the_other():
+    """As label smoothing makes it."""
+    model, x, y = Recurrent(), torch.randn(N, 3), torch.randint(0, 3, (N,))
+    got = computed(BatchDiagHessian(), model, lambda: F.cross_entropy(model(x), y, label_smoothing=0.3))
+    want = lambda: F.cross_entropy(model(x), y, label_smoothing=0.3, reduction="none") / N  # noqa: E731
+    close(got, sample_diagonals(model, want))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens(tied):
     model, tokens = Attention(tied=tied), torch.randint(0, 5, (2, 4))

@@ -145,7 +145,7 @@ class BatchDiagHessian(BySample, DiagHessian):
 
     def _by_products(self, loss: Tensor, scale: Tensor | None, targets: Sequence[Tensor]) -> Sequence[Tensor | None]:
         edges, axes, n = _summed_up(loss, targets)
-        gradients = torch.autograd.grad(loss, edges, scale, create_graph=True)
+        gradients = _direct(loss, scale, edges)
         rows = []
         for k in range(n):
             parts = [masked(g.unsqueeze(0), axis, n)[0, k] for g, axis in zip(gradients, axes, strict=True)]
@@ -166,7 +166,7 @@ def _has_samples_given(op: Operation) -> bool:
 
 
 def _summed_up(loss: Tensor, targets: Sequence[Tensor]) -> tuple[list[GradientEdge], list[Any], int]:
-    """The tensors of which the loss is a sum over samples, where they hold them, and how many there are."""
+    """The tensors of which the loss is a sum over samples, roots first, their axes, and the number of samples."""
     graph = Graph([loss.grad_fn])  # type: ignore[list-item]
     places = {edge for t in targets if (edge := graph.edge_of(t)) is not None}
     operations = graph.operations(places)
@@ -175,15 +175,25 @@ def _summed_up(loss: Tensor, targets: Sequence[Tensor]) -> tuple[list[GradientEd
     inputs = [place for op in operations if op.summed for place in zip(op.edges, op.axes_in, op.inputs, strict=True)]
     found = {edge: axis for edge, axis, _ in inputs if axis is not None}
     loose = [e for e, axis, m in inputs if axis is None and m is not None and (e in places or prod(m.shape) > 1)]
-    nodes = {node for node, _ in found}
-    below = Graph([child for node in nodes for child, _ in node.next_functions if child is not None]).outputs
-    if loose or not nodes.isdisjoint(below):
+    if loose:
         raise CurvatureError(
             "BatchDiagHessian: products are needed here (see DiagHessian), and they cannot tell samples apart in a "
-            "loss with a term that belongs to none (a penalty on the weights?), or with terms of which one is computed "
-            "from the other. Call backward() on one term at a time, each in a block of its own"
+            "loss with a term that belongs to none (a penalty on the weights?). Call backward() on one term at a time, "
+            "each in a block of its own"
         )
-    return [GradientEdge(*edge) for edge in found], list(found.values()), samples.n or 1
+    place = {op.node: k for k, op in enumerate(operations)}
+    edges = sorted(found, key=lambda edge: place.get(edge[0], len(place)))
+    return [GradientEdge(*edge) for edge in edges], [found[edge] for edge in edges], samples.n or 1
+
+
+def _direct(loss: Tensor, scale: Tensor | None, edges: Sequence[GradientEdge]) -> list[Tensor]:
+    """Gradients at tensors, roots first, without what reaches one through those before it."""
+    found: list[Tensor] = []
+    for k, edge in enumerate(edges):
+        (g,) = torch.autograd.grad(loss, edge, scale, create_graph=True)
+        through = torch.autograd.grad(edges[:k], edge, found, create_graph=True, allow_unused=True) if k else ()
+        found.append(g - sum(v for v in through if v is not None))
+    return found
 
 
 @contextmanager
