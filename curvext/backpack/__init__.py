@@ -24,7 +24,7 @@ from ..errors import CurvatureError
 from ..graph import Graph
 from . import extensions as extensions
 
-__all__ = ["backpack", "disable", "extend", "extensions"]
+__all__ = ["backpack", "disable", "extend", "extensions", "memory_cleanup"]
 
 _extended: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in the order of extension
 
@@ -62,7 +62,8 @@ class backpack(TorchFunctionMode):
 
     Raises:
         TypeError, ValueError: if an extension is of the wrong kind, or two would be saved under one name.
-        CurvatureError: as :class:`curvext.extend`, and if the loss reaches no parameter of an extended module.
+        CurvatureError: as :class:`curvext.extend`, if the loss reaches no parameter of an extended module, and of
+            ``backward(create_graph=True)``: results cannot be differentiated.
     """
 
     def __init__(
@@ -89,17 +90,30 @@ class backpack(TorchFunctionMode):
             )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.Tensor.backward or not self.extensions:
-            return func(*args, **kwargs)
+        if func is torch.Tensor.backward and self.extensions:
+            return self._backward(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
         self.seen = True
-        loss = args[0]
+        if create_graph:
+            raise CurvatureError(
+                "backpack: results cannot be differentiated, so create_graph=True is refused; in a block of "
+                "curvext.extend(model, ...) the gradients alone can be"
+            )
         modules, leaves = _reached(loss)
-        hook = None if self.hook is None else _by_module(self.hook, modules, leaves, kwargs.get("inputs"))
+        hook = None if self.hook is None else _by_module(self.hook, modules, leaves, inputs)
         with block(
             modules[0] if len(modules) == 1 else nn.ModuleList(modules), *self.extensions, extension_hook=hook
         ) as curvature:
-            loss.backward(*args[1:], **kwargs)
+            loss.backward(gradient, retain_graph, inputs=inputs)
         if self.debug:
             print("[DEBUG] Computed", curvature)
 
@@ -117,6 +131,10 @@ class disable:
     def should_store_io() -> bool:
         """Never."""
         return False
+
+
+def memory_cleanup(module: nn.Module) -> None:
+    """Without effect: forward passes leave nothing on modules."""
 
 
 def _reached(loss: Tensor) -> tuple[list[nn.Module], set[int]]:

@@ -1,0 +1,1 @@
+"""What BackPACK computes derivatives with; curvext takes them from the graph."""
