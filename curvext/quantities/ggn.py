@@ -16,19 +16,22 @@ from torch import Tensor
 from ..persample import Dense
 from ..wave import Wave
 from .base import Quantity, Target
-from .readings import Arrived, BySample, ColumnsBySample, arrived, squared_by_sample
+from .readings import Arrived, BySample, ColumnsBySample, arrived, squared, squared_by_sample
 from .waves import Factor
 
 
 @dataclass(frozen=True)
 class _FactorReading(Quantity):
-    """A function of the factor wave."""
+    """A sum over the columns of the factor wave."""
 
-    def read(self, target: Target, *waves: Any) -> Any:
-        found = arrived(waves[0], target)
-        return self.of(found, target) if waves[0] else None
+    def read(self, target: Target, *waves: Any) -> Tensor | None:
+        terms = self.terms(arrived(waves[0], target), target)
+        return sum(terms[1:], start=terms[0]) if terms else None
 
-    def of(self, found: Arrived, target: Target) -> Any:
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def terms(self, found: Arrived, target: Target) -> list[Tensor]:
         raise NotImplementedError
 
 
@@ -53,13 +56,8 @@ class _MonteCarlo:
 
 
 class _Diagonal(_FactorReading):
-    def join(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-    def of(self, found: Arrived, target: Target) -> Tensor:
-        terms = [p.squares() for p in found.samples]
-        terms += [w.columns.square().sum(0) for w in found.whole] + [d.h for d in found.diagonal]
-        return sum(terms[1:], start=terms[0])
+    def terms(self, found: Arrived, target: Target) -> list[Tensor]:
+        return [squared(value) for value in (*found.samples, *found.whole, *found.diagonal)]
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,8 @@ class DiagGGNMC(_MonteCarlo, _Diagonal):
 
 
 class _BatchDiagonal(BySample, _FactorReading):
-    def join(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-    def of(self, found: Arrived, target: Target) -> Tensor:
-        terms = [squared_by_sample(columns, target) for columns in found.parts(type(self).__name__)]
-        return sum(terms[1:], start=terms[0])
+    def terms(self, found: Arrived, target: Target) -> list[Tensor]:
+        return [squared_by_sample(columns, target) for columns in found.parts(type(self).__name__)]
 
 
 @dataclass(frozen=True)
@@ -135,14 +129,9 @@ class GGNBlock(_Exact, _FactorReading):
 
     savefield = "ggn_block"
 
-    def join(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-    def of(self, found: Arrived, target: Target) -> Tensor:
-        terms = [p.block() for p in found.samples]
-        terms += [Dense(w.columns.unsqueeze(1)).block() for w in found.whole]
-        terms += [torch.diag(d.h.flatten()) for d in found.diagonal]
-        return sum(terms[1:], start=terms[0])
+    def terms(self, found: Arrived, target: Target) -> list[Tensor]:
+        columns = [*found.samples, *[Dense(w.columns.unsqueeze(1)) for w in found.whole]]
+        return [c.block() for c in columns] + [torch.diag(d.h.flatten()) for d in found.diagonal]
 
     def zero(self, target: Target) -> Tensor:
         return target.tensor.new_zeros(target.tensor.numel(), target.tensor.numel())
