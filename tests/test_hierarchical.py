@@ -37,6 +37,10 @@ class TestTree:
         assert ClusterTree(space).permutation.tolist() == [0, 1, 2, 6, 3, 4, 5, 7]
         assert ClusterTree(space, order="column").permutation.tolist() == [0, 3, 1, 4, 2, 5, 6, 7]
         assert ClusterTree(space, order="flat").permutation is None
+        none = ClusterTree(
+            Space({"a.weight": torch.Size([0, 3]), "b.weight": torch.Size([2, 0]), "b.bias": torch.Size([2])})
+        )
+        assert none.permutation is None and none.n == 2
         assert ClusterTree(Space.of({"field": torch.zeros(9)})).permutation is None  # nothing is moved
 
     @given(n=st.integers(1, 200), leaf=st.integers(1, 40))
@@ -347,6 +351,20 @@ class TestPositive:
         assert error(p.to_dense(), torch.linalg.inv(damped)) < 1e-5
         assert h.factor(3.0).added == 0
 
+    def test_a_diagonal_of_zeros(self):
+        a = kernel(300).fill_diagonal_(0)
+        h = build(Dense(a, symmetric=True), 1e-6)
+        least = float(torch.linalg.eigvalsh(a)[0])
+        assert -least - 0.1 <= h.factor(0.1, compensate=True).added <= 1.34 * (-least - 0.1)
+
+    def test_what_is_not_finite(self):
+        h = build(kernel(300), 1e-2)
+        for part in (h.with_parts(h.levels, math.nan * h.leaves), h.with_parts([math.inf * h.levels[0]], h.leaves)):
+            with raises(CurvatureError, match="not finite"):
+                part.factor(0.1, compensate=True)
+        with raises(CurvatureError, match="nan I is not finite"):
+            h.factor(math.nan)
+
     @settings(max_examples=200)
     @given(n=st.integers(20, 90), rank=st.integers(1, 90), kept=st.integers(0, 40), seed=st.integers(0, 10**6))
     def test_compensated_truncation(self, n, rank, kept, seed):
@@ -426,9 +444,30 @@ class TestUpdates:
             with raises(CurvatureError, match="build it anew"):
                 h.refreshed(a @ a, 0.3)
 
-    def test_compressed_takes_one_measure(self, a):
-        with raises(ValueError, match="one of"):
-            build(a, 1e-2).compressed(0.1, 3)
+    def test_what_is_dense_is_read_anew(self):
+        h = build(Counting(kernel(30)), 0.1).refreshed(Counting(2 * kernel(30)), 0.1)
+        assert error(h.to_dense(), 2 * kernel(30)) < 1e-14 and (h.products, h.error) == (30, 0)
+
+    def test_refused(self, a):
+        h = build(a, 1e-2)
+        for measure in ((0.1, 3), (None, None), (-0.1, None), (None, -1)):
+            with raises(ValueError, match="one of"):
+                h.compressed(*measure)
+        for shapes in ((400,), (300, 2)):
+            with raises(ValueError, match="add_low_rank"):
+                h.add_low_rank(torch.ones(shapes))
+        with raises(ValueError, match="add_low_rank"):
+            h.add_low_rank(torch.ones(400, 2), torch.ones(3))
+        for other in (kernel(300), a.float()):
+            with raises(ValueError, match="refreshed"):
+                h.refreshed(other, 1e-2)
+        with raises(ValueError, match="tolerance=0"):
+            h.refreshed(a, 0.0)
+
+    def test_moved(self, a):
+        h = build(a, 1e-2)
+        assert (h.to(torch.float32).error, h.to(torch.float32).scale) == (h.error, h.scale)
+        assert error(h.add_low_rank(torch.ones(400, 0)).to_dense(), h.to_dense()) == 0
 
 
 def test_of_a_network():

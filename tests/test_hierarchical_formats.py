@@ -245,6 +245,11 @@ class TestAuto:
         assert build(a, max_bytes=8 * a.shape[0] * 24, format="auto").blocks
         assert not build(Counting(a.matrix), max_bytes=8 * a.shape[0] * 24, format="auto", max_products=999).blocks
 
+    def test_not_all_entries_of_large_matrices(self, monkeypatch):
+        a = NETWORKS["Hessian"]()
+        monkeypatch.setattr("curvext.hierarchical.build.ENTRIES", a.shape[0] - 1)
+        assert not build(a, max_bytes=8 * a.shape[0] * 24, format="auto", max_products=999).blocks
+
     @mark.parametrize("share", [1e-2, 1e-4])
     @mark.parametrize("name", ["Gauss-Newton", "Gauss-Newton, trained"])
     def test_as_a_preconditioner(self, name, share):

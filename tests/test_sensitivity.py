@@ -112,6 +112,13 @@ class TestDirect:
         j = torch.randn(400, 2)
         torch.testing.assert_close(s.predictive_variance(j), (j * (inverse @ j)).sum(0), rtol=1e-6, atol=0)
 
+    def test_an_error_that_is_not_known(self):
+        a = torch.diag(torch.linspace(1, 2, 300))
+        h = HierarchicalOperator.from_operator(a, 1e-6).add_low_rank(torch.zeros(300, 1))
+        with raises(CurvatureError, match="refreshed"):
+            Sensitivity(a, 0.1, h).effective_dimension()
+        assert float(Sensitivity(a, 0.1, h.refreshed(a, 1e-6)).effective_dimension()) > 270
+
     def test_refused_where_it_is_not(self):
         q = torch.linalg.qr(torch.randn(400, 60))[0]
         a = (q * torch.logspace(0, -3, 60)) @ q.T
@@ -122,7 +129,10 @@ class TestDirect:
         assert (a @ s.solve(b) + 1e-4 * s.solve(b) - b).norm() <= 1e-7 * b.norm()
         with raises(CurvatureError, match="needs an approximation"):
             Sensitivity(a, 1e-4).effective_dimension()
-        with raises(ValueError, match="positive"):
-            Sensitivity(a, 0.0)
+        for damping in (0.0, float("nan")):
+            with raises(ValueError, match="positive"):
+                Sensitivity(a, damping)
+        with raises(ValueError, match="influence"):
+            s.influence(b, a)
         with raises(CurvatureError, match="ended by"):
             Sensitivity(-a, 1e-4).solve(b)

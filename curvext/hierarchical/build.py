@@ -21,6 +21,7 @@ from .tree import ClusterTree
 from .update import compressed
 
 PROBES = 16
+ENTRIES = 4096  # rows up to which all entries are read unasked
 ASYMMETRIC = "HierarchicalOperator: the operator is not symmetric. Take (A + A.T) / 2, or AᵀA"
 
 
@@ -55,7 +56,7 @@ def approximate(
             half of the squared norm), and HODLR of the rest; ``"adaptive"``, every block
             anywhere low rank, dense or split, from all entries in O(n³): the most accurate for its bytes, without
             ``factor``; ``"auto"``, the one with the smallest error within ``max_bytes``, or without, the smallest one
-            within ``tolerance``. Adaptive is a candidate where entries can be read.
+            within ``tolerance``. Adaptive is a candidate where entries can be read, up to 4096 rows.
         order: of the tree, see :class:`ClusterTree`.
         leaf: entries of a leaf; 32 (adaptive 16), or less where ``max_bytes`` are few.
         shift: for ``"auto"``, where ``result.factor(shift)`` is to precondition: of the formats that can be factored,
@@ -99,9 +100,14 @@ def _check(operator: Any, tolerance: float | None, max_bytes: int | None, format
         raise ValueError(f"HierarchicalOperator: format {format!r}; there are {[*FORMATS, 'auto']}")
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"HierarchicalOperator: an operator in {like.dtype}; pass it in torch.float32 or float64")
-    least = 1e-6 if like.dtype == torch.float32 else 1e-12
-    if tolerance is not None and not least <= tolerance < 1:
-        raise ValueError(f"HierarchicalOperator: tolerance={tolerance} in {like.dtype}: from {least} to below 1")
+    if tolerance is not None:
+        _check_tolerance(tolerance, like.dtype)
+
+
+def _check_tolerance(tolerance: float, dtype: torch.dtype) -> None:
+    least = 1e-6 if dtype == torch.float32 else 1e-12
+    if not least <= tolerance < 1:
+        raise ValueError(f"HierarchicalOperator: tolerance={tolerance} in {dtype}: from {least} to below 1")
 
 
 def _leaf(n: int, most: int, max_bytes: int | None, size: int) -> int:
@@ -325,7 +331,7 @@ def _best(source: Source, tolerance: float | None, max_bytes: int | None, shift:
     """All formats, and of those that are possible the one with the least error, the least bytes or the fewest steps."""
     results, refused, limit = [], defaultdict(list), source.limit  # type: ignore[var-annotated]
     for name in FORMATS:
-        if name == "adaptive" and (shift is not None or reader(source.operator) is None):
+        if name == "adaptive" and not (shift is None and source.tree.n <= ENTRIES and reader(source.operator)):
             continue
         source.limit = limit if name in ("hodlr", "lowrank+hodlr", "adaptive") else limit // 2
         try:
@@ -368,8 +374,14 @@ def correct(
     generator: torch.Generator | None = None,
 ) -> HierarchicalOperator:
     """See :func:`curvext.hierarchical.update.refreshed`."""
-    most = old.tree.n if max_products is None else max_products
-    source = Source(operator, old.tree, old.leaves, most, generator)
+    _check_tolerance(tolerance, old.dtype)
+    if tuple(operator.shape) != old.shape or getattr(operator, "dtype", old.dtype) != old.dtype:
+        raise ValueError(f"refreshed: {old} by an operator of shape {tuple(operator.shape)}, {_like(operator).dtype}")
+    source = Source(operator, old.tree, old.leaves, old.tree.n if max_products is None else max_products, generator)
+    if old.whole and not old.levels:
+        result = _dense(source)
+        result.products = source.products
+        return _labelled(result, operator)
     probes = _begin(source)
     result = old.with_parts(old.levels, old.leaves)
     result.error = probes.error(old)

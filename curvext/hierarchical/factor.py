@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,6 +120,9 @@ def factorize(operator: HierarchicalOperator, shift: float, compensate: bool = F
     Raises:
         CurvatureError: without ``compensate``, where A + δI is not positive definite; and where A has ``blocks``.
     """
+    parts = (*operator.levels, operator.leaves, operator.basis, operator.values)
+    if not math.isfinite(shift) or not all(bool(t.isfinite().all()) for t in parts):
+        raise CurvatureError(f"factor: A + {shift} I is not finite")
     if operator.blocks:
         raise CurvatureError(
             "factor: blocks of format='adaptive' have no factor. Take inverse(shift), by conjugate gradients, or build "
@@ -129,7 +133,7 @@ def factorize(operator: HierarchicalOperator, shift: float, compensate: bool = F
     except CurvatureError:
         if operator.whole and operator.basis.shape[1]:
             return factorize(folded(operator), shift, compensate)
-        scale = float(operator.diagonal().abs().max())
+        scale = max(float(t.abs().max()) for t in parts if t.numel())
         if not compensate or not scale:
             raise
     return _compensated(operator, shift, scale)

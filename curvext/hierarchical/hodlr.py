@@ -130,7 +130,9 @@ class HierarchicalOperator(Structured):
             return t.to(device or self.device, dtype or self.dtype)
 
         parts = [move(f) for f in self.levels], move(self.leaves), move(self.basis), move(self.values)
-        return HierarchicalOperator(self.tree, *parts, self.domain, [b.to(move) for b in self.blocks])
+        moved = HierarchicalOperator(self.tree, *parts, self.domain, [b.to(move) for b in self.blocks])
+        moved.error, moved.scale = self.error, self.scale
+        return moved
 
     def compressed(
         self, tolerance: float | None = None, ranks: int | None = None, compensate: bool = False
@@ -144,7 +146,7 @@ class HierarchicalOperator(Structured):
         """A + X diag(values) Xᵀ, X ``[n, R]``; exact, every level's rank grows by R: see :meth:`compressed`."""
         from .update import with_low_rank
 
-        return with_low_rank(self, x, x.new_ones(x.shape[1]) if values is None else values)
+        return with_low_rank(self, x, x.new_ones(x.shape[1:]) if values is None else values)
 
     def averaged(
         self, other: HierarchicalOperator, decay: float, tolerance: float | None = None, ranks: int | None = None

@@ -42,13 +42,20 @@ class ClusterTree:
 
     def enter(self, v: Tensor) -> Tensor:
         """``[n, K]`` in the order of the tree, with zeros at the end: ``[size, K]``."""
-        v = v if self.permutation is None else v[self.permutation.to(v.device)]
+        self._move(v.device)
+        v = v if self.permutation is None else v[self.permutation]
         return v if self.size == self.n else torch.cat([v, v.new_zeros(self.size - self.n, v.shape[1])])
 
     def leave(self, v: Tensor) -> Tensor:
         """``[size, K]`` in the order of the operator, without the padding: ``[n, K]``."""
+        self._move(v.device)
         v = v[: self.n]
-        return v if self._back is None else v[self._back.to(v.device)]
+        return v if self._back is None else v[self._back]
+
+    def _move(self, device: torch.device) -> None:
+        """The permutation stays where it is used: to copy it would take longer than a product."""
+        if self.permutation is not None and self._back is not None and self.permutation.device != device:
+            self.permutation, self._back = self.permutation.to(device), self._back.to(device)
 
     def padding(self, device: torch.device) -> Tensor:
         """Ones where the padding is, ``[size]``."""
@@ -79,7 +86,7 @@ class ClusterTree:
             return NotImplemented
         same = (self.n, self.leaf, self.depth) == (other.n, other.leaf, other.depth)
         a, b = self.permutation, other.permutation
-        return same and (a is b or (a is not None and b is not None and torch.equal(a, b)))
+        return same and (a is b or (a is not None and b is not None and torch.equal(a, b.to(a.device))))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -150,5 +157,7 @@ def _by_module(space: Space, order: str) -> list[Tensor]:
         if order == "column" and len(shape) > 1:
             places = places.transpose(0, 1)
         units = places.shape[0] if shape else 1
-        modules.setdefault((name.rpartition(".")[0], units), []).append(places.reshape(units, -1))
+        modules.setdefault((name.rpartition(".")[0], units), []).append(
+            places.reshape(units, places.numel() // max(1, units))
+        )
     return [torch.cat(tensors, 1) for tensors in modules.values()]

@@ -41,8 +41,8 @@ def compressed(
 
 def _kept(spectra: list[Tensor], leaves: Tensor, tolerance: float | None, ranks: int | None) -> list[int]:
     """The ranks of levels: columns in order of their energy, over all levels."""
-    if (tolerance is None) == (ranks is None):
-        raise ValueError("compressed: pass one of tolerance and ranks")
+    if (tolerance is None) == (ranks is None) or (tolerance or ranks or 0) < 0:
+        raise ValueError(f"compressed: tolerance={tolerance}, ranks={ranks}: pass one of them, not negative")
     if not spectra:
         return []
     energies = torch.cat([s.double().square().sum(0) for s in spectra]).cpu()
@@ -52,7 +52,7 @@ def _kept(spectra: list[Tensor], leaves: Tensor, tolerance: float | None, ranks:
         norm = 2 * energies.sum() + leaves.double().square().sum().cpu()
         missing = 2 * energies[order].flip(0).cumsum(0).flip(0)
         ranks = int((missing > float(tolerance or 0) ** 2 * norm).sum())
-    return torch.bincount(level[order[: max(0, ranks)]], minlength=len(spectra)).tolist()
+    return torch.bincount(level[order[:ranks]], minlength=len(spectra)).tolist()
 
 
 def _slack(spectra: list[Tensor], keep: list[int], leaves: Tensor) -> Tensor:
@@ -79,6 +79,8 @@ def plus(a: HierarchicalOperator, b: HierarchicalOperator, factor_a: float, fact
 
 def with_low_rank(operator: HierarchicalOperator, x: Tensor, values: Tensor) -> HierarchicalOperator:
     """A + X diag(values) Xᵀ, in the blocks of the tree, or where there are none across the whole."""
+    if x.dim() != 2 or x.shape[0] != operator.shape[0] or values.shape != x.shape[1:]:
+        raise ValueError(f"add_low_rank: X {tuple(x.shape)} and values {tuple(values.shape)} to {operator}")
     x = operator.tree.enter(x)
     if operator.whole:
         return _in_blocks(operator, x, values)
@@ -100,7 +102,7 @@ def _in_blocks(operator: HierarchicalOperator, x: Tensor, values: Tensor) -> Hie
         left, right = pairs(x * root, level).unbind(1)
         more = torch.stack([left * values.sign(), right], 1).reshape(x.shape)
         levels.append(torch.cat([f, more], 1))
-    blocks = x.reshape(len(operator.leaves), -1, x.shape[1])
+    blocks = x.unflatten(0, (len(operator.leaves), -1))
     return operator.with_parts(levels, operator.leaves + (blocks * values) @ blocks.mT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Sensitivity:
         approximation: HierarchicalOperator | None = None,
         tolerance: float = 1e-8,
     ):
-        if damping <= 0:
+        if not 0 < damping < math.inf:
             raise ValueError(f"Sensitivity: damping={damping} must be positive")
         self.operator, self.damping, self.tolerance, self.approximation = operator, damping, tolerance, approximation
         self.factor: Factorization | None = None if approximation is None else approximation.factor(damping, True)
@@ -55,6 +56,10 @@ class Sensitivity:
             gradients: of T functions of θ at θ*, such as losses of test samples, ``[P, T]``.
             samples: ∂ℓᵢ/∂θ of the N training samples, ``[P, N]``.
         """
+        if gradients.dim() != 2 or samples.dim() != 2:
+            raise ValueError(
+                f"influence: {tuple(gradients.shape)} and {tuple(samples.shape)} are not [P, T] and [P, N]"
+            )
         few, many = (gradients, samples) if gradients.shape[1] <= samples.shape[1] else (samples, gradients)
         product = self.solve(few).mT @ many / samples.shape[1]
         return product if few is gradients else product.mT
@@ -98,10 +103,14 @@ class Sensitivity:
         h = self.approximation
         if h is None or self.factor is None:
             raise CurvatureError("Sensitivity: this needs an approximation: HierarchicalOperator.from_operator(A, ...)")
-        missing = None if h.error is None or h.scale is None else h.error * h.scale
-        if missing is None or not missing < self.damping or self.factor.added:
+        if h.error is None or h.scale is None:
             raise CurvatureError(
-                f"Sensitivity: the approximation's error ({missing}, {self.factor.added} added) is not below "
+                "Sensitivity: the approximation's error is not known; refreshed(A, tolerance) measures it"
+            )
+        missing = h.error * h.scale
+        if not missing < self.damping or self.factor.added:
+            raise CurvatureError(
+                f"Sensitivity: the approximation's error ({missing:.1e}, {self.factor.added:.1e} added) is not below "
                 f"damping={self.damping}, so its inverse says little. Build it to a smaller tolerance, or ask for "
                 "single entries by solve, which is exact"
             )
