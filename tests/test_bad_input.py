@@ -8,7 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from curvext import CurvatureError, DiagHessian, HesScale, extend
+from curvext import (
+    EKFAC,
+    KFAC,
+    BatchDiagHessian,
+    BatchGrad,
+    CurvatureError,
+    DiagGGNMC,
+    DiagHessian,
+    GGNFactor,
+    HesScale,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    extend,
+)
 from curvext.testing import check_quantity
 
 from .models import MODELS, mlp, one_hidden
@@ -49,6 +62,27 @@ class TestArguments:
     def test_options_out_of_range(self, options):
         with pytest.raises(ValueError, match="must be >="):
             extend(mlp(), **options)
+
+    @pytest.mark.parametrize("count", [0, -1, 2.5])
+    @pytest.mark.parametrize("quantity", [DiagGGNMC, SqrtGGNMC, KFAC, EKFAC, GGNFactor, HesScale])
+    def test_numbers_of_draws(self, quantity, count):
+        with pytest.raises(ValueError, match="mc_samples must be an integer >= 1"):
+            quantity(mc_samples=count)
+
+    @pytest.mark.parametrize("quantity", [DiagHessian, BatchDiagHessian])
+    def test_chunks_of_products(self, quantity):
+        with pytest.raises(ValueError, match="chunk must be an integer >= 1"):
+            quantity(chunk=0)
+
+    @pytest.mark.parametrize("quantity", [BatchGrad, SqrtGGNExact])
+    def test_samples_to_keep(self, quantity):
+        model, x, y = mlp(), torch.randn(4, 4), torch.randint(0, 3, (4,))
+        with extend(model, quantity(subsampling=torch.tensor([3, -4]))) as curvature:
+            F.cross_entropy(model(x), y).backward()
+        assert curvature[quantity.savefield]["0.weight"].shape[-3] == 2
+        for k in (4, -5):
+            with extend(model, quantity([k])), pytest.raises(CurvatureError, match="but there are 4 samples"):
+                F.cross_entropy(model(x), y).backward()
 
     def test_complex_parameters(self):
         w = torch.randn(3, dtype=torch.complex128, requires_grad=True)

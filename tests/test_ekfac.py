@@ -50,3 +50,20 @@ def test_eigenbases_of_several_passes_do_not_add_up():
     with pytest.raises(CurvatureError, match="EKFAC\\(basis="), extend(model, EKFAC()):
         F.cross_entropy(model(x), y).backward()
         F.cross_entropy(model(x), y).backward()
+
+
+def test_a_basis_of_something_else():
+    """That of scalars has one entry."""
+    model = nn.ParameterDict({"w": torch.randn(3, 3), "v": torch.randn(3, 2), "s": torch.randn(())})
+    x, y = torch.randn(N, 3), classes(N, c=2)
+
+    def swept(basis=None):
+        with extend(model, EKFAC(basis=basis)) as found:
+            F.cross_entropy(torch.tanh(x @ model["w"]) @ model["v"] * model["s"], y).backward()
+        return found.ekfac
+
+    basis = dict(swept())
+    swept(basis)
+    for other in ({**basis, "v": basis["w"]}, {"w": basis["w"], "s": basis["s"]}, {**basis, "v": model["v"]}):
+        with pytest.raises(CurvatureError, match=r"basis has no Eigenbasis of shape \(3, 2\) for 'v'"):
+            swept(other)

@@ -19,6 +19,13 @@ from ..memory import taken
 from ..wave import Wave
 
 
+def positive(quantity: Any, **counts: int | None) -> None:
+    """Refuse arguments that are no numbers of things."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{type(quantity).__name__}: {name} must be an integer >= 1, got {count!r}")
+
+
 class Saved(ABC):
     """Something that is left on a tensor as the attribute ``savefield``."""
 

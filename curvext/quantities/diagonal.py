@@ -14,7 +14,7 @@ from ..graph import Edge, Operation
 from ..output import Output
 from ..sources import is_layer, starts
 from ..wave import Wave
-from .base import Carried, Quantity, Target
+from .base import Carried, Quantity, Target, positive
 from .readings import squared
 from .waves import Factor
 
@@ -164,8 +164,9 @@ class HesScale(Quantity):
     mc_samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.ggn not in KINDS or self.mc_samples < 1:
-            raise ValueError(f"HesScale: ggn must be one of {KINDS} and mc_samples >= 1, got {self}")
+        positive(self, mc_samples=self.mc_samples)
+        if self.ggn not in KINDS:
+            raise ValueError(f"HesScale: ggn must be one of {KINDS}, got {self}")
         if self.gauss_newton and self.ggn in ("exact", "mc"):
             raise ValueError(f"HesScale: the Gauss-Newton diagonal alone is DiagGGNExact() or DiagGGNMC(), got {self}")
 

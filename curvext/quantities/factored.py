@@ -12,7 +12,7 @@ from torch import Tensor
 from ..factor import Diagonal, Whole, at_target
 from ..persample import Dense, PerSample
 from ..wave import Wave
-from .base import Quantity, Target
+from .base import Quantity, Target, positive
 from .waves import Factor
 
 
@@ -50,8 +50,7 @@ class GGNFactor(Quantity):
     savefield = "ggn_factor"
 
     def __post_init__(self) -> None:
-        if self.mc_samples is not None and self.mc_samples < 1:
-            raise ValueError(f"GGNFactor: mc_samples must be >= 1, got {self.mc_samples}")
+        positive(self, mc_samples=self.mc_samples)
 
     @property
     def waves(self) -> tuple[Wave, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..persample import Dense
 from ..wave import Wave
-from .base import Quantity, Target
+from .base import Quantity, Target, positive
 from .readings import Arrived, BySample, ColumnsBySample, arrived, squared, squared_by_sample
 from .waves import Factor
 
@@ -47,8 +47,7 @@ class _MonteCarlo:
     mc_samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.mc_samples < 1:
-            raise ValueError(f"{type(self).__name__}: mc_samples must be >= 1, got {self.mc_samples}")
+        positive(self, mc_samples=self.mc_samples)
 
     @property
     def waves(self) -> tuple[Wave, ...]:

@@ -129,7 +129,7 @@ class BatchDotGrad(_FirstOrder):
         return gradients.gram()[0, :, 0]
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        raise RuntimeError("BatchDotGrad: products between the samples of two backward passes are not kept; use one")
+        raise CurvatureError("BatchDotGrad: products between the samples of two backward passes are not kept; use one")
 
     def zero(self, target: Target) -> Tensor:
         return target.tensor.new_zeros(target.n or 0, target.n or 0)

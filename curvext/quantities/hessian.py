@@ -23,7 +23,7 @@ from ..samples import Samples
 from ..sources import is_dense, may_start
 from ..tangents import pull
 from ..wave import Wave
-from .base import Quantity, Target, WholeGraph
+from .base import Quantity, Target, WholeGraph, positive
 from .bends import BendFactor, exact
 from .readings import Arrived, BySample, arrived, squared, squared_by_sample
 
@@ -53,6 +53,9 @@ class DiagHessian(WholeGraph, Quantity):
     chunk: int = 64
     products: bool = False
     savefield = "diag_h"
+
+    def __post_init__(self) -> None:
+        positive(self, chunk=self.chunk)
 
     @property
     def waves(self) -> tuple[Wave, ...]:
@@ -123,6 +126,9 @@ class BatchDiagHessian(BySample, DiagHessian):
     """
 
     savefield = "diag_h_batch"
+
+    def __post_init__(self) -> None:
+        DiagHessian.__post_init__(self)
 
     def rides(self, operations: Sequence[Operation] | None, targets: Sequence[Tensor]) -> bool:
         """Also whether none of the columns start where no sample is, as those of a weight that is normalised do."""

@@ -132,7 +132,7 @@ class NTK(Quantity):
         return "it is made of products of every column with every other; a Jacobian can be had in parts"
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        raise RuntimeError("NTK: products between the samples of two backward passes are not kept; use one")
+        raise CurvatureError("NTK: products between the samples of two backward passes are not kept; use one")
 
     def zero(self, target: Target) -> Tensor:
         return target.tensor.new_zeros(target.n or 0, 1, target.n or 0, 1)

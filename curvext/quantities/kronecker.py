@@ -28,7 +28,7 @@ from ..kronecker import Eigenbasis, Kronecker
 from ..persample import Outer, PerSample, gram
 from ..rows import Rows
 from ..wave import Wave
-from .base import Quantity, Target
+from .base import Quantity, Target, positive
 from .readings import arrived
 from .waves import Factor, SampleGradients, owned
 
@@ -172,11 +172,9 @@ class _Kronecker(Kept):
     setting: str
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.mc_samples is not None and self.mc_samples < 1:
-            raise ValueError(f"{name}: mc_samples must be >= 1, got {self.mc_samples}")
+        positive(self, mc_samples=self.mc_samples)
         if self.setting not in SETTINGS:
-            raise ValueError(f"{name}: setting must be one of {SETTINGS}, got {self.setting!r}")
+            raise ValueError(f"{type(self).__name__}: setting must be one of {SETTINGS}, got {self.setting!r}")
 
     @property
     def waves(self) -> tuple[Wave, ...]:
@@ -300,7 +298,7 @@ class EKFAC(_Kronecker):
         return replace(a, values=a.values + b.values)
 
     def of(self, parts: Sequence[PerSample], target: Target) -> Eigenbasis:
-        given = None if self.basis is None else self.basis[target.names[0]]
+        given = None if self.basis is None else self._given(target)
         if given is None:
             found = super().of(parts, target)
             factors = found.factors() if isinstance(found, Sums) else [found]
@@ -309,6 +307,16 @@ class EKFAC(_Kronecker):
                 return given  # its own block: exact already
         values = [_squares(part, given) for part in parts]
         return replace(given, values=sum(values[1:], start=values[0]))
+
+    def _given(self, target: Target) -> Eigenbasis:
+        name, shape = target.names[0], tuple(target.tensor.shape)
+        given = (self.basis or {}).get(name)
+        if not isinstance(given, Eigenbasis) or given.like != (shape or (1,)):
+            raise CurvatureError(
+                f"EKFAC: basis has no Eigenbasis of shape {shape} for {name!r}; pass the curvature.ekfac of a block "
+                "with the same parameters"
+            )
+        return given
 
     def add(self, a: Any, b: Any) -> Any:
         if a is None or b is None:

@@ -99,11 +99,16 @@ class BySample(Quantity):
 
     def __post_init__(self) -> None:
         if self.subsampling is not None:
-            object.__setattr__(self, "subsampling", tuple(self.subsampling))
+            object.__setattr__(self, "subsampling", tuple([int(n) for n in self.subsampling]))
 
     def kept(self, columns: PerSample) -> PerSample:
         """Those of the samples to keep."""
-        return columns if self.subsampling is None else columns.select(self.subsampling)
+        if self.subsampling is None:
+            return columns
+        n = columns.size[1]
+        if not all([-n <= k < n for k in self.subsampling]):
+            raise CurvatureError(f"{type(self).__name__}: subsampling={self.subsampling}, but there are {n} samples")
+        return columns.select(self.subsampling)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b], len(self.leading))
