@@ -37,7 +37,7 @@ class Rule:
     outputs: str = "first"  # or "all"
     coincident: bool = False  # right also when one tensor enters the operation twice
     linear: bool | Callable[[Operation], bool] = False  # in each of the inputs, unless one tensor enters twice
-    additive: bool = False  # linear in all inputs together: J is piecewise constant
+    additive: bool | Callable[[Operation], bool] = False  # in all inputs together: J is piecewise constant
     separable: bool = False  # each entry of y depends on one entry of x, so that the Hessian of ⟨g, y⟩ is diagonal
     layout: Layout = ""
     doc: str = ""
@@ -50,6 +50,10 @@ class Rule:
         """Whether it is linear in each of its inputs."""
         return self.linear(op) if callable(self.linear) else self.linear
 
+    def is_additive(self, op: Operation) -> bool:
+        """Whether it is linear in all of its inputs together."""
+        return self.additive(op) if callable(self.additive) else self.additive
+
 
 RULES: dict[tuple[Any, str], Rule] = {}
 
@@ -61,7 +65,7 @@ def rule(
     outputs: str = "first",
     coincident: bool = False,
     linear: bool | Callable[[Operation], bool] = False,
-    additive: bool = False,
+    additive: bool | Callable[[Operation], bool] = False,
     separable: bool = False,
     layout: Layout = "",
 ) -> Callable[[F], F]:
@@ -79,7 +83,8 @@ def rule(
         coincident: whether the rule is right when one tensor enters twice; else the default is used there.
         linear: promise that y is linear in each of the inputs (piecewise, and unless one tensor enters twice), or a
             function that tells when it is; ``g`` is not used then, and the operation needs no hook.
-        additive: promise that J is piecewise constant in all inputs together, not only in each of them.
+        additive: promise that J is piecewise constant in all inputs together, not only in each of them, or a function
+            that tells when it is.
         separable: promise that, of one input alone, the Hessian of ⟨g, y⟩ is diagonal, hence the second term of (2).
         layout: promise of what becomes of entries; see :data:`Layout`.
 
@@ -124,12 +129,6 @@ def find(op: Operation, *waves: str) -> Rule | None:
         if found is not None:
             return found
     return None
-
-
-def additive(op: Operation) -> bool:
-    """Whether the operation is linear in all of its inputs together."""
-    found = find_diagonal(op)
-    return found is not None and found.additive
 
 
 def laid_out(op: Operation, *layouts: Layout) -> bool:

@@ -26,14 +26,6 @@ from .graph import Operation
 from .hessians import DiagonalHessian, LossHessian
 from .rules.default import UNBATCHED, others_fixed
 
-#: The inputs that are multiplied; without one of them the operation is linear in the others together.
-FACTORS = {
-    "AddmmBackward0": (1, 2),
-    "BaddbmmBackward0": (1, 2),
-    "ConvolutionBackward0": (0, 1),
-    "LinearBackward0": (0, 1),
-}
-
 
 def joint(op: Operation) -> list[list[int]]:
     """The inputs that the model's output may be: those that hold samples; if none does, all."""
@@ -43,9 +35,10 @@ def joint(op: Operation) -> list[list[int]]:
 
 def may_start(op: Operation) -> bool:
     """Whether the gradient is needed to tell if an operation is nonlinear in its inputs, taken together."""
-    if not all([op.needs[i] for i in FACTORS.get(op.name, ())]):
+    rule = registry.find(op, "complex" if op.is_complex else "diagonal")
+    if rule is not None and rule.is_additive(op):
         return False
-    return bends(op) or (len(op.edges) > 1 and not registry.additive(op) and len(joint(op)) > 1)
+    return bends(op) or (len(op.edges) > 1 and len(joint(op)) > 1)
 
 
 def starts(op: Operation, reached: bool) -> bool:
@@ -95,6 +88,13 @@ def is_dense(op: Operation) -> bool:
     if registry.find(op, "source") is not None and not op.coincident:
         return False
     return len(joint(op)) > 1 or separable is None or not separable.separable
+
+
+def rows(op: Operation) -> int:
+    """How many rows B has: the entries of a sample in the inputs together, or of all if some are shared."""
+    inputs = [group[0] for group in joint(op)]
+    n = 1 if any([op.axes_in[i] is None for i in inputs]) else op.n_samples
+    return sum([prod(op.inputs[i].shape) for i in inputs]) // n
 
 
 def dense_hessian(op: Operation, g: Sequence[Tensor | None], groups: list[list[int]]) -> dict[int, LossHessian]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from . import registry
 from .columns import reads_columns
@@ -111,10 +112,7 @@ def check_operation(op: Operation, generator: torch.Generator, rtol: float = 1e-
 def _check_promises(
     op: Operation, rule: registry.Rule, g: list[Tensor | None], generator: torch.Generator, atol: float
 ) -> None:
-    """How Jᵀg changes with x, D = ∂(Jᵀg)/∂x: of a linear rule D = 0, of a separable one Dv = (D1) ∘ v.
-
-    An additive one has no derivative in any input of what the others get either.
-    """
+    """∂(Jᵀg)/∂x is zero if the rule is linear, D with Dv = (D1) ∘ v if separable; Jᵀg is fixed if it is additive."""
     drawn: dict[torch.Size, Tensor] = {}
 
     def v(like: Tensor) -> Tensor:
@@ -124,6 +122,7 @@ def _check_promises(
 
     try:
         once, along = (bending(op, g, weights) for weights in (torch.ones_like, v))
+        mixed = _changes(op, g, v) if rule.is_additive(op) else []
     except RuntimeError:  # PyTorch cannot differentiate every node twice
         return
     near = partial(torch.testing.assert_close, rtol=atol, atol=atol)
@@ -132,6 +131,18 @@ def _check_promises(
             near(bend, torch.zeros_like(bend), msg=f"{op.kind} is said to be linear, but bends in input {i}")
         elif rule.separable:
             near(bend, once[i] * v(bend), msg=f"{op.kind} is said to be separable, but input {i} is put together")
+    for bend in mixed:
+        near(bend, torch.zeros_like(bend), msg=f"{op.kind} is said to be additive, but bends")
+
+
+def _changes(op: Operation, g: list[Tensor | None], v: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The derivatives of ⟨v, Jᵀg⟩ in the inputs."""
+    with torch.enable_grad():
+        parts = [part for part in op.vjp(*g) if part is not None and part.requires_grad]
+    edges = [GradientEdge(*edge) for _, edge in op.below]
+    options = {"retain_graph": True, "allow_unused": True}
+    found = torch.autograd.grad(parts, edges, [v(part) for part in parts], **options) if parts else ()
+    return [bend for bend in found if bend is not None]
 
 
 @contextmanager

@@ -20,9 +20,12 @@ from curvext import (
     DiagGGNMC,
     DiagHessian,
     HesScale,
+    bending,
     extend,
     output,
+    sources,
 )
+from curvext.quantities import hessian as hessian_quantities
 
 from .dense import blocks
 from .models import Attention, Residual, cnn, mlp
@@ -67,6 +70,30 @@ class Idle(nn.Module):
         return self.head(h.index_add(0, none, h[none] * self.expert(h[none])))
 
 
+class Branches(nn.Module):
+    """Piecewise linear, with all that such networks have between their layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.shortcut = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(2, 3, 3, bias=False)
+        self.rows, self.head = nn.Embedding(2, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.norm(self.conv(x))) / 3 + self.shortcut(x)
+        return self.head(torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1) - self.rows((x.sum((1, 2, 3)) > 0).long()))
+
+
+class Between(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.function, self.last = nn.Linear(4, 3), function, nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
 BY_COLUMNS = {
     "mlp": (mlp, (4,)),
     "gelu": (lambda: mlp(nn.GELU), (4,)),
@@ -76,6 +103,13 @@ BY_COLUMNS = {
     "normalised": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
     "idle": (Idle, (4,)),
     "grouped": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 3)), (4,)),
+    "normalised inputs": (lambda: nn.Sequential(nn.LayerNorm(4), *mlp()), (4,)),
+    "products": (lambda: Between(lambda h: h.cumprod(1)), (4,)),
+    "reduced products": (
+        lambda: Between(lambda h: h.scatter_reduce(1, torch.arange(N * 3).view(N, 3) % 2, h, "prod")),
+        (4,),
+    ),
+    "branches": (lambda: Branches().eval(), (2, 4, 4)),
     "gated": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GLU(), nn.Linear(3, 3)), (4,)),
 }
 
@@ -134,13 +168,15 @@ def sample_diagonals(model, losses):
     return [torch.stack(row) for row in zip(*rows, strict=True)]
 
 
+def refuse(*_):
+    raise AssertionError("products were taken, or a Hessian formed")
+
+
 @pytest.fixture
 def no_products(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("products were taken")
-
     monkeypatch.setattr(DiagHessian, "_by_products", refuse)
     monkeypatch.setattr(BatchDiagHessian, "_by_products", refuse)
+    monkeypatch.setattr(HMP, "compute", refuse)
 
 
 @pytest.mark.parametrize("name", BY_COLUMNS)
@@ -149,6 +185,21 @@ def test_diagonals_by_columns(name, no_products):
     want = sample_diagonals(model, losses)
     close(computed(DiagHessian(), model, lambda: losses().sum()), [w.sum(0) for w in want])
     close(computed(BatchDiagHessian(), model, lambda: losses().sum()), want)
+
+
+@pytest.mark.parametrize("quantity", [DiagHessian(), BatchDiagHessian(), HMP(), PCHMP()])
+def test_in_piecewise_linear_networks_only_the_loss_bends(quantity, monkeypatch, no_products):
+    monkeypatch.setattr(sources, "dense_hessian", refuse)
+    model, losses = built(BY_COLUMNS["branches"])
+    computed(quantity, model, lambda: losses().sum())
+
+
+def test_products_where_a_hessian_would_be_too_large(monkeypatch):
+    for module in (bending, hessian_quantities):
+        monkeypatch.setattr(module, "MOST", 8)
+    model, losses = built(BY_PRODUCTS["normalised weight"])
+    want = hessian_diagonal(lambda: losses().sum(), list(model.parameters()))
+    close(computed(DiagHessian(), model, lambda: losses().sum()), want)
 
 
 @pytest.mark.parametrize("quantity", [DiagHessian(), BatchDiagHessian(), PCHMP()])

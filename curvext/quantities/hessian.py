@@ -14,13 +14,12 @@ from torch.autograd.graph import GradientEdge
 
 from ..axes import BATCH, masked
 from ..bending import MOST
-from ..diagonal import bends
 from ..errors import CurvatureError
 from ..graph import Graph, Operation
 from ..hessians import tracing
 from ..rules.default import MISTAKEN
 from ..samples import Samples
-from ..sources import is_dense, may_start
+from ..sources import is_dense, may_start, rows
 from ..tangents import pull
 from ..wave import Wave
 from .base import Quantity, Target, WholeGraph, positive
@@ -65,7 +64,7 @@ class DiagHessian(WholeGraph, Quantity):
         """Whether columns give it, and there are not too many of them."""
         if self.products or not operations or tracing() or any([op.kind in MISTAKEN for op in operations]):
             return False
-        sizes = {op: max(prod(meta.shape) for meta in op.outputs) // op.n_samples for op in operations if bends(op)}
+        sizes = {op: rows(op) for op in operations if may_start(op)}
         if sum(sizes.values()) >= 2 * sum(t.numel() for t in targets):  # a product costs about two columns
             return False
         return exact(operations) and not any([size > MOST and is_dense(op) for op, size in sizes.items()])

@@ -18,7 +18,7 @@ from ..axes import BATCH, Axis, front
 from ..graph import Operation
 from ..persample import Dense, Outer, PerSample, WaveGram, over
 from ..registry import rule
-from .structure import pointwise_rule
+from .structure import factor_fixed, pointwise_rule
 
 Waves = tuple[Tensor | None, ...] | None
 
@@ -67,13 +67,13 @@ def _matrix_square(op: Operation, g: Tensor | None, h: Tensor | None) -> Tensor 
     return wave
 
 
-@rule("AddmmBackward0", "SparseAddmmBackward0", linear=True)
+@rule("AddmmBackward0", "SparseAddmmBackward0", linear=True, additive=factor_fixed(1, 2))
 def addmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = β C + α A B: h_C = β² h, h_A = α² h (B∘B)ᵀ, h_B = α² (A∘A)ᵀ h."""
     return None if h is None else _added(op, h, op.mat1, op.mat2)
 
 
-@rule("BaddbmmBackward0", "AddbmmBackward0", linear=True)
+@rule("BaddbmmBackward0", "AddbmmBackward0", linear=True, additive=factor_fixed(1, 2))
 def baddbmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = β C + α A B, batched, or summed over the batch: as addmm; the sum's wave is that of each term."""
     return None if h is None else _added(op, h, op.batch1, op.batch2)
@@ -190,7 +190,7 @@ def grouped_mm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return a, (grouped(op.self.square().mT, h, offs=op.offs) if op.needs[1] else None)
 
 
-@rule("LinearBackward0", linear=True)
+@rule("LinearBackward0", linear=True, additive=factor_fixed(0, 1))
 def linear(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = x Wᵀ + b where it is one operation: h_x = h (W∘W), h_W = hᵀ (x∘x), h_b = h."""
     if h is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..graph import Operation
 from ..registry import rule
-from .structure import bending, select
+from .structure import bending, factor_fixed, select
 
 Waves = Any
 
@@ -93,7 +93,7 @@ def matmul(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     return a, (_mixed(h.mT, op.self).mT if op.needs[1] else None)
 
 
-@rule("AddmmBackward0", wave="complex", linear=True)
+@rule("AddmmBackward0", wave="complex", linear=True, additive=factor_fixed(1, 2))
 def addmm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """Y = β C + α A B, β and α real or complex."""
     if h is None:

@@ -18,11 +18,12 @@ from ..axes import front
 from ..graph import Operation
 from ..persample import Dense, Outer, PerSample
 from ..registry import rule
+from .structure import factor_fixed
 
 Waves = Sequence[Tensor | None] | None
 
 
-@rule("ConvolutionBackward0", "ConvolutionOverrideableBackward0", linear=True)
+@rule("ConvolutionBackward0", "ConvolutionOverrideableBackward0", linear=True, additive=factor_fixed(0, 1))
 def convolution(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = W ⋆ x + b, also transposed: h_x = (W∘W)ᵀ ⋆ h, h_W = (x∘x) ⋆ h, h_b = Σ h."""
     if h is None:

@@ -138,13 +138,13 @@ def fixed(op: Operation) -> bool:
     return not op.needs[0]
 
 
-@rule("NativeLayerNormBackward0", linear=fixed)
+@rule("NativeLayerNormBackward0", linear=fixed, additive=fixed)
 def layer_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β along the last axes: a closed form in O(features), see rules/normalization.py."""
     return *_along_last(op, g, h, op.result1, op.result2), h
 
 
-@rule("FusedRmsNormBackward0", linear=fixed)
+@rule("FusedRmsNormBackward0", linear=fixed, additive=fixed)
 def rms_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """y = γ x/σ along the last axes, σ² = mean x² + ε: a closed form in O(features)."""
     return _along_last(op, g, h, None, op.result1)
@@ -162,7 +162,7 @@ def _along_last(
     return (None if wave is None else wave.reshape(op.input.shape)), (None if of_gamma is None else of_gamma[0])
 
 
-@rule("NativeGroupNormBackward0", linear=fixed)
+@rule("NativeGroupNormBackward0", linear=fixed, additive=fixed)
 def group_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β over the channels of a group and all positions: a closed form in O(features)."""
     split = (op.N, op.group, op.C // op.group, op.HxW)  # samples, groups, channels of a group, positions
@@ -193,6 +193,7 @@ def by_running_statistics(op: Operation) -> bool:
     "CudnnBatchNormBackward0",
     "MiopenBatchNormBackward0",
     linear=lambda op: fixed(op) or by_running_statistics(op),
+    additive=fixed,
 )
 def batch_norm(op: Operation, g: Tensor | None, h: Tensor | None) -> Waves:
     """y = γ (x - μ)/σ + β over samples and positions, a closed form in O(entries); with running statistics h γ²/σ²."""
@@ -311,25 +312,24 @@ def normalization_tangent(op: Operation, t: Tangents) -> Tensor | None:
     if op.name in BATCHES and not by_running_statistics(op):
         return None
     x, gamma, beta = [*t, None][:3]
-    xhat = _xhat(op)
 
     def wide(p: Tensor) -> Tensor:
-        return broadcast(p if op.name in ROWS else p.view(*p.shape, *[1] * (xhat.dim() - 2)), op)
+        return broadcast(p if op.name in ROWS else p.view(*p.shape, *[1] * (op.input.dim() - 2)), op)
 
     if x is not None:
-        x = _normalized_tangent(op, xhat, x)
+        x = _normalized_tangent(op, x)
         x = x if op.weight is None else x * wide(op.weight.unsqueeze(0))
-    return added(x, None if gamma is None else xhat * wide(gamma), None if beta is None else wide(beta))
+    return added(x, None if gamma is None else _xhat(op) * wide(gamma), None if beta is None else wide(beta))
 
 
-def _normalized_tangent(op: Operation, xhat: Tensor, t: Tensor) -> Tensor:
+def _normalized_tangent(op: Operation, t: Tensor) -> Tensor:
     """J t = (t - mean t - x̂ mean(x̂t))/σ over the entries that are normalised together; t/σ with running statistics."""
     if op.name in BATCHES:
-        return t * _per_channel((op.running_var + op.eps).rsqrt(), xhat)
+        return t * _per_channel((op.running_var + op.eps).rsqrt(), op.input)
     centred = op.name != "FusedRmsNormBackward0"
     rstd = op.result2 if centred else op.result1
-    rows = xhat.reshape(rstd.numel(), -1)
-    t = t.reshape(len(t), *rows.shape)
-    along = rows * (t * rows).mean(-1, keepdim=True)
+    xhat = _xhat(op).reshape(rstd.numel(), -1)
+    t = t.reshape(len(t), *xhat.shape)
+    along = xhat * (t * xhat).mean(-1, keepdim=True)
     along = along + t.mean(-1, keepdim=True) if centred else along
-    return (t - along).mul_(rstd.view(-1, 1)).view(-1, *xhat.shape)
+    return (t - along).mul_(rstd.view(-1, 1)).view(-1, *op.input.shape)

@@ -120,6 +120,11 @@ def stretch(op: Operation, g: Tensor | None, h: Tensor | None) -> Any:
     return op.vjp(op.vjp(h, *rest)[0], *rest)
 
 
+def factor_fixed(i: int, j: int) -> Callable[[Operation], bool]:
+    """Whether one of two inputs that are multiplied is fixed, so that y is linear in the others together."""
+    return lambda op: not (op.needs[i] and op.needs[j])
+
+
 def constant(*names: str) -> None:
     """y does not change with x, or only by jumps: no wave."""
     for wave in ("diagonal", "complex"):
