@@ -245,6 +245,11 @@ class Outer(PerSample):
     def positions(self) -> int:
         return self.s.shape[3]
 
+    @property
+    def _most(self) -> int:
+        """Entries to compute at a time."""
+        return BLOCK if self.s.device.type == "cpu" else BLOCK_GPU
+
     def _laid(self, matrix: Tensor) -> Tensor:
         """``[*, G, O, I]`` as ``[*, *shape]``."""
         if self.flipped:
@@ -286,8 +291,7 @@ class Outer(PerSample):
     def _blocks(self) -> Iterator[Tensor]:
         """``[N', G, V, O, I]`` for a few samples at a time: one product of matrices a sample and group."""
         v, n, groups, _, o = self.s.shape
-        most = BLOCK if self.s.device.type == "cpu" else BLOCK_GPU
-        step = max(1, most // (v * groups * o * self.x.shape[-1]))
+        step = max(1, self._most // (v * groups * o * self.x.shape[-1]))
         for start in range(0, n, step):
             s = self.s[:, start : start + step].permute(1, 2, 0, 4, 3).flatten(2, 3)
             yield (s @ self.x[start : start + step]).unflatten(2, (v, o))
@@ -302,11 +306,31 @@ class Outer(PerSample):
         return torch.cat([block.square_().sum((1, 3, 4)) for block in self._blocks()]).mT
 
     def gram(self) -> Tensor:
+        v, n, groups, t, o = self.s.shape
+        i = self.x.shape[3]
+        if groups == t == 1:
+            s, x = self.s.flatten(0, 1).flatten(1), self.x.flatten(1)
+            return (s @ s.mT).view(v, n, v, n) * (x @ x.mT).unsqueeze(1)
+        if t * t * (o + i) < o * i:  # inner products of positions, against the tensor itself
+            return self._gram_of_positions()
+        out = self.s.new_zeros(v * n, v * n)
+        step = max(1, 16 * self._most // max(1, v * n * groups * i))  # long rows: their products take the time
+        for start in range(0, o, step):
+            rows = (self.s[..., start : start + step].mT @ self.x).flatten(0, 1).flatten(1)
+            out.addmm_(rows, rows.mT)
+        return out.view(v, n, v, n)
+
+    def _gram_of_positions(self) -> Tensor:
+        """Σ_t Σ_p ⟨s_t, s_p⟩ ⟨x_t, x_p⟩, for a few samples against all of them at a time."""
         v, n, groups, t, _ = self.s.shape
-        if groups > 1 or t > 1:
-            return super().gram()
-        s, x = self.s.flatten(0, 1).flatten(1), self.x.flatten(1)
-        return (s @ s.mT).view(v, n, v, n) * (x @ x.mT).unsqueeze(1)
+        out = self.s.new_empty(v, n, v, n)
+        step = max(1, self._most // max(1, groups * v * v * t * t * n))
+        for start in range(0, n, step):
+            few = slice(start, start + step)
+            of_s = torch.einsum("ungto,vmgpo->nmuvgtp", self.s[:, few], self.s)
+            of_x = torch.einsum("ngti,mgpi->nmgtp", self.x[few], self.x)
+            out[:, few] = torch.einsum("nmuvgtp,nmgtp->unvm", of_s, of_x)
+        return out
 
     def inner(self, vectors: Tensor) -> Tensor:
         groups, o, i = self.s.shape[2], self.s.shape[4], self.x.shape[3]

@@ -140,3 +140,18 @@ def test_refused_where_the_number_of_samples_is_in_doubt(quantity):
     layer, x = nn.Linear(4, 3), torch.randn(2 * N, 4)
     with extend(layer, quantity), pytest.raises(CurvatureError, match=r"dimensions are 4 and 8.*pass samples="):
         (layer(x).square().sum() + layer(x[:N]).cosh().sum()).backward()
+
+
+@pytest.mark.parametrize("block", [1, 1 << 18])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 3, 4), (2, 1, 3, 4), (1, 2, 20, 30), (1, 9, 3, 2), (3, 2, 15, 20), (2, 4, 2, 3)]
+)
+@pytest.mark.parametrize("v, n", [(1, 4), (3, 2), (0, 2), (2, 0)])
+def test_inner_products_of_samples_form_no_sample(v, n, sizes, block, monkeypatch):
+    """By positions or by features, a few at a time; both are less memory than every sample's gradient."""
+    groups, t, o, i = sizes
+    outer = Outer(torch.randn(v, n, groups, t, o), torch.randn(n, groups, t, i), (groups * o, i))
+    rows = outer.dense().flatten(2)
+    monkeypatch.setattr("curvext.persample.BLOCK", block)
+    monkeypatch.delattr(Outer, "dense")
+    close(outer.gram(), torch.einsum("unp,vmp->unvm", rows, rows))
