@@ -12,7 +12,6 @@ from .errors import CurvatureError
 from .quantities.base import Quantity, Saved, Selected, WholeGraph
 
 Model = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Tensor
-Where = str | type[nn.Module] | Callable[[str, Tensor], bool]
 
 
 def kept(model: Model) -> Any:
@@ -64,16 +63,17 @@ def checked(quantities: Sequence[Any], only: Any = None) -> list[Selected]:
 
 
 def selector(model: Any, where: Any) -> Callable[[str, Tensor], bool]:
-    """Whether a tensor is selected by any of ``where``: a glob over names, a module class, or a predicate."""
+    """Whether a tensor is selected by any of ``where``: a glob over names, a module or a class of them, a predicate."""
     where = where if isinstance(where, (tuple, list)) else (where,)
     types = tuple(w for w in where if isinstance(w, type))
+    modules = [w for w in where if isinstance(w, nn.Module)]
     globs = [w for w in where if isinstance(w, str)]
-    tests = [w for w in where if not isinstance(w, (type, str))]
-    inside: set[int] = set()
+    tests = [w for w in where if not isinstance(w, (type, str, nn.Module))]
     if types:
         if not isinstance(model, nn.Module):
             raise TypeError("extend: selecting by module class needs a module to look for it in")
-        inside = {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters()}
+        modules += [m for m in model.modules() if isinstance(m, types)]
+    inside = {id(p) for m in modules for p in m.parameters()}
 
     def selected(name: str, tensor: Tensor) -> bool:
         return id(tensor) in inside or any(matches(name, g) for g in globs) or any(t(name, tensor) for t in tests)

@@ -66,6 +66,15 @@ def test_where(net, where, names, how):
         assert p.grad is not None
 
 
+def test_modules_stand_for_all_below_them(net):
+    assert list(step(net, HesScale(), only=[net.fc1, net.norm]).hesscale) == ALL[1:5]
+    assert list(step(net, HesScale().only(net.fc10)).hesscale) == ALL[5:]
+    named = {"a": net.fc1.weight, "b": net.scale}
+    with extend(named, HesScale(), only=net.fc1) as curvature:
+        net(torch.ones(2, 4)).square().sum().backward()
+    assert list(curvature.hesscale) == ["a"]
+
+
 def test_results_do_not_depend_on_the_selection(net):
     every, some = step(net, BatchGrad(), DiagGGNExact()), step(net, BatchGrad(), DiagGGNExact(), only=["fc1", "scale"])
     for field, values in some.items():

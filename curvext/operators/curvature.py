@@ -80,7 +80,7 @@ class Curvature(OverData):
             as a ``DataLoader``. The operator is that of the loss over all data at once, however it is batched.
         parameters: what the operator is over: a module, a mapping of names to tensors, or an iterable of tensors; by
             default the model's. Those that require a gradient count, in the order of ``named_parameters``.
-        only: restricts them: globs over names, module classes, or predicates ``(name, parameter) -> bool``.
+        only: restricts them: globs over names, modules or their classes, or predicates ``(name, parameter) -> bool``.
         reduction: ``"mean"`` or ``"sum"``: how the loss adds up samples, needed for several batches. PyTorch's losses,
             as modules or functions, say it themselves.
         count: ``count(batch)``: what a mean divides by, where it is not the number of samples (tokens, class weights).
