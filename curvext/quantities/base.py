@@ -67,7 +67,7 @@ class Saved(ABC):
         """Leave on modules what belongs to several of their parameters; ``held`` is by parameter name."""
 
     def only(self, *where: Any) -> Selected:
-        """This quantity for some tensors only: globs over names (``"fc*"``), modules or their classes, or predicates."""
+        """This quantity for some tensors only: globs over names (``"fc*"``), modules, their classes, predicates."""
         return Selected(self, where)
 
 
