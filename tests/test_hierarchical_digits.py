@@ -27,12 +27,24 @@ def autoencoder() -> nn.Sequential:
     return nn.Sequential(*wide)
 
 
+def surrogate() -> nn.Sequential:
+    wide = [nn.Linear(2, 28), nn.Tanh(), nn.Linear(28, 28), nn.Tanh(), nn.Linear(28, 28), nn.Tanh(), nn.Linear(28, 1)]
+    return nn.Sequential(*wide)
+
+
+def data(make) -> tuple[Tensor, Tensor]:
+    if make is surrogate:
+        x = 2 * torch.rand(200, 2) - 1
+        return x, torch.sin(4 * x[:, :1]) * torch.cos(3 * x[:, 1:])
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = torch.as_tensor(digits.data[:200] / 16), torch.as_tensor(digits.target[:200])
+    return x, y if make is perceptron else x
+
+
 class Problem:
     def __init__(self, make, steps: int = 0):
-        digits = pytest.importorskip("sklearn.datasets").load_digits()
-        x, y = torch.as_tensor(digits.data[:200] / 16), torch.as_tensor(digits.target[:200])
-        self.model, self.classes = make(), make is perceptron
-        self.data = (x, y if self.classes else x)
+        self.model, self.data = make(), data(make)
+        x = self.data[0]
         optimizer = torch.optim.Adam(self.model.parameters(), 1e-2)
         for _ in range(steps):
             optimizer.zero_grad()
@@ -40,7 +52,7 @@ class Problem:
             optimizer.step()
 
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(z, target) if self.classes else F.mse_loss(z, target)
+        return F.mse_loss(z, target) if target.is_floating_point() else F.cross_entropy(z, target)
 
     def matrix(self, kind: type) -> Dense:
         operator = kind(self.model, self.loss, self.data)
@@ -62,8 +74,9 @@ PROBLEMS = {
 }
 
 
-def test_tolerances():
-    a = PROBLEMS["classifier"]().matrix(GaussNewton).matrix
+@pytest.mark.parametrize("make", [perceptron, surrogate, autoencoder])
+def test_tolerances(make):
+    a = Problem(make, 300).matrix(GaussNewton).matrix
     for tolerance in (0.1, 1e-2, 1e-3):
         h = build(Counting(a), tolerance, max_products=MANY)
         true = error(h.to_dense(), a)
