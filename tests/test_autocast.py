@@ -35,9 +35,16 @@ class Tokens(nn.Module):
         return self.inner(x).mean(1)[:, :3]
 
 
+def normalised():
+    """Weights in single precision that meet 16 bits."""
+    norms = nn.BatchNorm2d(4).eval(), nn.GroupNorm(2, 4), nn.Flatten(), nn.LayerNorm(16)
+    return nn.Sequential(nn.Conv2d(2, 4, 2), *norms, nn.Linear(16, 3))
+
+
 CASES = {
     "mlp": lambda: (mlp(), torch.randn(6, 4)),
     "cnn": lambda: (cnn(), torch.randn(6, 2, 6, 6)),
+    "normalised": lambda: (normalised(), torch.randn(6, 2, 3, 3)),
     "attention": lambda: (Tokens(), torch.randint(0, 5, (6, 3))),
 }
 

@@ -287,9 +287,10 @@ def normalization_shared(op: Operation, s: Tensor, wanted: Sequence[bool]) -> di
     found: dict[int, PerSample] = {}
     for i, want in enumerate(wanted):
         if want:
-            shape = op.inputs[i].shape
+            shape, dtype = op.inputs[i].shape, op.inputs[i].dtype
             along = (*shape, *[1] * (s.dim() - 3)) if channels else shape
-            found[i] = Dense(apart(s * _xhat(op) if i == 1 else s, axis, n, along).view(len(s), -1, *shape))
+            products = (s * _xhat(op) if i == 1 else s).to(dtype)
+            found[i] = Dense(apart(products, axis, n, along).view(len(s), -1, *shape))
     return found
 
 
