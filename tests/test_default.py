@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -391,6 +392,19 @@ class TestRegistration:
 
         with pytest.raises(AssertionError, match=r"Third.*input 0, .*: rule != default"):
             check_rule(Third.apply, leaf(4))
+
+    @pytest.mark.parametrize(
+        ("name", "promise", "function"),
+        [
+            ("CumprodBackward0", "linear", lambda x: x.cumprod(0)),
+            ("MulBackward0", "additive", lambda x: x * x.flip(0)),
+            ("SoftmaxBackward0", "separable", lambda x: x.softmax(0)),
+        ],
+    )
+    def test_check_rule_catches_a_broken_promise(self, name, promise, function):
+        registry.RULES[name, "diagonal"] = replace(registry.RULES[name, "diagonal"], **{promise: True})
+        with pytest.raises(AssertionError, match=f"{name} is said to be {promise}"):
+            check_rule(function, leaf(4))
 
     def test_check_rule_accepts_a_right_one_and_says_what_it_checked(self, registered):
         @registered(Modern)
