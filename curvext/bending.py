@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from .axes import BATCH, Axis, front
 from .errors import CurvatureError
 from .hessians import DenseHessian, LossHessian, entries, tracing
+from .linalg import eigh
 from .rules.default import quiet_vmap
 
 MOST = 4096  # entries of a sample for which a dense Hessian is formed
@@ -124,7 +125,7 @@ class Bending:
     def _factored(self, rows: Tensor, places: Places, n: int) -> dict[Any, LossHessian]:
         if not tracing() and not bool(rows.any()):
             return {}
-        values, vectors = torch.linalg.eigh(rows.movedim(1, 0))
+        values, vectors = eigh(rows.movedim(1, 0))
         split = vectors.movedim(-1, 0).split([part.numel() // n for part in self.parts.values()], -1)  # [V, N, D]
         whole = n == 1 and any(axis is not BATCH for axis in self.axes.values())
         found: dict[Any, LossHessian] = {}

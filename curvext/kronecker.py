@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import CurvatureError
+from .linalg import eigh
 
 VERSION = 1
 
@@ -211,7 +212,7 @@ class Kronecker(Block):
 
     def eigh(self) -> Eigenbasis:
         """The same matrix by the eigenvectors of its factors and all products of their eigenvalues."""
-        pairs = [(f, None) if f.dim() == 1 else torch.linalg.eigh(f) for f in self.factors]
+        pairs = [(f, None) if f.dim() == 1 else eigh(f) for f in self.factors]
         values = outer([values.clamp(min=0) for values, _ in pairs], self.dims[0])
         return Eigenbasis(tuple([vectors for _, vectors in pairs]), values, self.like, self.bias_along)
 

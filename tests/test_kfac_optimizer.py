@@ -266,6 +266,16 @@ def test_factors_of_an_overflow_are_not_used_later():
     assert all(bool(v.isfinite().all()) for state in optimizer.state.values() for v in state["factors"])
 
 
+@pytest.mark.parametrize("eigenbasis", [False, True])
+def test_factors_that_are_not_finite(eigenbasis):
+    model = net()
+    optimizer = KFAC(model.named_parameters(), eigenbasis=eigenbasis)
+    before = values(model)
+    with pytest.raises(CurvatureError, match=r"KFAC: the factors of parameter '0.weight': a "):
+        optimizer.step(lambda: math.nan * loss(model))
+    assert equal(before, values(model))
+
+
 def test_gradient_scaling():
     """Under GradScaler, gradients and factors of the scaled loss make the same step."""
     steps = []

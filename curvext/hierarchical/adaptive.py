@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import eigh, eigvalsh
 from .blocks import Blocks
 from .hodlr import HierarchicalOperator
 from .tree import ClusterTree
@@ -123,7 +124,7 @@ def _level(a: Tensor, nodes: Nodes) -> Level:
     sizes = nodes.sizes
     energies = a.new_zeros(len(sizes), len(sizes), int(sizes.max()), dtype=torch.float64)
     for pairs in nodes.alike(torch.ones_like(energies[..., 0])):
-        values = torch.linalg.svdvals(pairs.of(a)) if pairs.mirrored else torch.linalg.eigvalsh(pairs.of(a))
+        values = torch.linalg.svdvals(pairs.of(a)) if pairs.mirrored else eigvalsh(pairs.of(a))
         energies[pairs.i, pairs.j, : values.shape[1]] = (1 + pairs.mirrored) * values.double().square()
     place = 8 / a.element_size()
     column = (sizes.unsqueeze(1) + sizes - sizes.diag() + 1 + place).double()
@@ -188,7 +189,7 @@ def _decomposed(blocks: Tensor, mirrored: bool) -> tuple[Tensor, Tensor, Tensor]
     if mirrored:
         u, s, vt = torch.linalg.svd(blocks, full_matrices=False)
         return u, s, vt.mT
-    values, vectors = torch.linalg.eigh(blocks)
+    values, vectors = eigh(blocks)
     order = values.abs().argsort(descending=True)
     vectors = _columns(vectors, order)
     return vectors, values.gather(1, order), vectors

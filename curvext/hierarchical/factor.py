@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from ..linalg import eigh
 from ..operators.structured import Structured
 from .levels import add_product, decomposed, nodes, pairs
 from .update import folded
@@ -167,7 +168,7 @@ def _leaves(operator: HierarchicalOperator, shift: float) -> tuple[Tensor, Tenso
     diagonal = leaves.diagonal(dim1=1, dim2=2)
     padding = operator.tree.padding(leaves.device).reshape(diagonal.shape) > 0
     diagonal.copy_(torch.where(padding, torch.ones_like(diagonal), diagonal + shift))
-    values, vectors = torch.linalg.eigh(leaves)
+    values, vectors = eigh(leaves)
     _positive(values, shift)
     return values, (vectors * values.rsqrt().unsqueeze(1)) @ vectors.mT
 
@@ -175,7 +176,7 @@ def _leaves(operator: HierarchicalOperator, shift: float) -> tuple[Tensor, Tenso
 def _top(b: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal Q and μ of B diag(c) Bᵀ."""
     q, r = torch.linalg.qr(b)
-    weights, vectors = torch.linalg.eigh((r * values) @ r.mT)
+    weights, vectors = eigh((r * values) @ r.mT)
     return q @ vectors, weights
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..linalg import eigh
 from .hodlr import HierarchicalOperator
 from .peel import Source, _orthonormal, _without
 
@@ -33,7 +34,7 @@ def low_rank(
     more = _nonzero(_orthonormal(_without(_without(z, q), q), q, 1e-6 * scale))
     q, z = torch.cat([q, more], 1), torch.cat([z, source(more)], 1)
     t = q.mT @ z
-    values, vectors = torch.linalg.eigh((t + t.mT) / 2)
+    values, vectors = eigh((t + t.mT) / 2)
     values, vectors = _largest(values, vectors, cap, max(share / 4, missing if flat else 0.0))
     return HierarchicalOperator(source.tree, [], source.like.new_zeros(size, 1, 1), q @ vectors, values)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CurvatureError
 from ..kronecker import Block, Eigenbasis, outer, times
+from ..linalg import eigh
 from .base import Operator, Readable
 from .space import Space
 
@@ -123,7 +124,7 @@ class LowRank(Structured):
         inner = self.values.unsqueeze(1) * (self.factor.mT @ self.factor)
         inner = torch.linalg.solve(inner + damping * torch.eye(len(inner), dtype=self.dtype, device=self.device),
                                    torch.diag(self.values))  # fmt: skip
-        values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+        values, vectors = eigh((inner + inner.mT) / 2)
         unit = Identity(self.shape[0], self.dtype, self.device, self.domain)
         return (unit - LowRank(self.factor @ vectors, values, self.domain)) / damping
 
@@ -157,7 +158,7 @@ class Kronecker(Structured):
             return Kronecker(*inverses, space=self.domain, symmetric=self.symmetric)
         if not self.symmetric:
             return super().inverse(damping, solver, **options)
-        values, vectors = zip(*(torch.linalg.eigh(factor) for factor in self.factors), strict=True)
+        values, vectors = zip(*(eigh(factor) for factor in self.factors), strict=True)
         basis = Eigenbasis(vectors, outer(values, 1), (self.shape[0],))
         return KroneckerBlock(basis.inverse(damping), self.domain)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CurvatureError
 from ..kronecker import Eigenbasis, Kronecker
 from ..quantities import EKFAC
 from ..quantities import KFAC as Factors
@@ -164,7 +165,11 @@ class KFAC(BlockOptimizer):
     def _invert(self, p: Tensor, group: dict[str, Any]) -> list[Tensor | None]:
         """Factors of the damped inverse; or eigenvectors, and as eigenvalues those of the factors for a start."""
         factors = self._factors(p)
-        return list((factors.eigh() if group["eigenbasis"] else factors.inverse(_shift(group))).tensors)
+        try:
+            return list((factors.eigh() if group["eigenbasis"] else factors.inverse(_shift(group))).tensors)
+        except CurvatureError as error:
+            name = next(name for name, q in self._named().items() if q is p)
+            raise CurvatureError(f"KFAC: the factors of parameter {name!r}: {error}") from None
 
     def _factors(self, p: Tensor, name: str = "factors") -> Kronecker:
         return Kronecker(tuple(self.state[p][name]))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linalg import eigh
 from ..solvers import Armijo, LevenbergMarquardt, lanczos, saddle_free, saddle_free_series
 from .base import ClosureOptimizer, Damping
 from .batches import Subsample
@@ -132,7 +133,7 @@ class SaddleFreeNewton(ClosureOptimizer):
         T = torch.zeros(Q.shape[1], Q.shape[1], dtype=torch.float64)
         T[:-1, :-1] = krylov.alpha.diag() + krylov.beta[:-1].diag(1) + krylov.beta[:-1].diag(-1)
         T[-1] = T[:, -1] = (Q.mT @ (H @ more)).to(T)
-        values, vectors = torch.linalg.eigh(T)
+        values, vectors = eigh(T)
         c = -krylov.length * vectors @ (vectors[0] / (values.abs() + λ))
         return Q @ c.to(Q), float(c @ T @ c)
 
@@ -181,7 +182,7 @@ def _on_span(H: Products, B: Tensor, g: Tensor, λ: float) -> tuple[Tensor, floa
     too small where a column mixes curvature of both signs.)
     """
     Q, _ = torch.linalg.qr(B)
-    values, vectors = torch.linalg.eigh((HQ := H @ Q).mT @ HQ)
+    values, vectors = eigh((HQ := H @ Q).mT @ HQ)
     shifted = values.clamp(min=0).sqrt() + λ
     c = vectors.mT @ (Q.mT @ g) / shifted
     return -Q @ (vectors @ c), float((c**2 * shifted).sum())

@@ -311,7 +311,7 @@ class EKFAC(_Kronecker):
     def _given(self, target: Target) -> Eigenbasis:
         name, shape = target.names[0], tuple(target.tensor.shape)
         given = (self.basis or {}).get(name)
-        if not isinstance(given, Eigenbasis) or given.like != (shape or (1,)):
+        if not isinstance(given, Eigenbasis) or (given.like or (1,)) != (shape or (1,)):
             raise CurvatureError(
                 f"EKFAC: basis has no Eigenbasis of shape {shape} for {name!r}; pass the curvature.ekfac of a block "
                 "with the same parameters"

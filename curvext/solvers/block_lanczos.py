@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from ..linalg import eigh
 from ..progress import Checkpoint, shown
 from .solution import check, times
 
@@ -164,7 +165,7 @@ class _Run:
 
     def _diagonalise(self) -> None:
         """Ritz values, their vectors in the basis, and their residuals: the wanted ones first."""
-        values, vectors = torch.linalg.eigh(self.T)
+        values, vectors = eigh(self.T)
         order = _order(values, self.which)
         self.values, self.vectors = values[order], vectors[:, order]
         self.residuals = torch.linalg.vector_norm(self.coupling @ self.vectors, dim=0)

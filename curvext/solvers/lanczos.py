@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CurvatureError
+from ..linalg import eigh
 from ..progress import Checkpoint, shown
 from .solution import check, times
 
@@ -41,7 +42,7 @@ class Krylov:
     def _eigh(self) -> tuple[Tensor, Tensor]:
         beside = self.beta[:-1]
         tridiagonal = self.alpha.diag() + beside.diag(1) + beside.diag(-1)
-        values, vectors = torch.linalg.eigh(tridiagonal)
+        values, vectors = eigh(tridiagonal)
         return values, vectors
 
     @property

@@ -8,6 +8,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ...linalg import eigh
+
 Factors = Sequence[Tensor]
 Shift = float | Sequence[float] | None
 TRUNCATE = 1e-8
@@ -63,7 +65,7 @@ def inv_kfacs(factors: Factors, shift: Shift = None) -> list[Tensor]:
 
 
 def _inverse(factor: Tensor, shift: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(factor)
+    values, vectors = eigh(factor)
     return vectors * (1 / (values + shift)).clamp(-1 / TRUNCATE, 1 / TRUNCATE) @ vectors.mT
 
 

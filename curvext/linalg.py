@@ -1,0 +1,47 @@
+"""Eigenvalues of symmetric matrices, checked.
+
+LAPACK's divide and conquer, in single precision, may return NaN for a finite matrix, without an error: the second
+moment of 128 images of MNIST is one. Then the matrix is decomposed in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import CurvatureError
+from .hessians import tracing
+
+
+def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[..., d]``, ascending, and eigenvectors as columns ``[..., d, d]`` of symmetric matrices.
+
+    Raises:
+        CurvatureError: if ``a`` has entries that are not finite.
+    """
+    values, vectors = _checked(torch.linalg.eigh, a)
+    return values, vectors
+
+
+def eigvalsh(a: Tensor) -> Tensor:
+    """The eigenvalues alone; see :func:`eigh`."""
+    (values,) = _checked(lambda matrix: (torch.linalg.eigvalsh(matrix),), a)
+    return values
+
+
+def _checked(decompose: Callable[[Tensor], Sequence[Tensor]], a: Tensor) -> list[Tensor]:
+    if tracing():
+        return list(decompose(a))
+    for dtype in (a.dtype, torch.float64):
+        try:
+            found = decompose(a.to(dtype))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        if bool(found[0].isfinite().all()):
+            return [part.to(a.dtype) for part in found]
+    raise CurvatureError(
+        f"a matrix of shape {list(a.shape)} has no eigenvalues, as it has "
+        f"{int((~a.isfinite()).sum())} entries that are not finite. Has the training diverged?"
+    )
