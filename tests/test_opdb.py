@@ -13,19 +13,11 @@ from curvext.diagonal import pass_diagonal
 from curvext.graph import edge_of
 from curvext.testing import check_operation
 
-from .opdb import coverage, differentiable, label, needs_default, page, recorded, release
+from .opdb import NO_REFERENCE, coverage, differentiable, label, needs_default, page, recorded, release
 from .reference import equation_2
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the samples warn about deprecated arguments
 
-# Samples whose reference, not whose rule, fails; with the reason.
-NO_REFERENCE = {
-    "linalg.norm.subgradients_at_zero": "PyTorch's second derivative is not a number there, the rule's is zero",
-    "masked.mean": "samples with nothing to average, 0 / 0: enumeration spreads it to other entries",
-    "masked.logaddexp": "samples of -inf alone, where gradients are not numbers: enumeration spreads them",
-    "__rpow__": "powers of negative numbers, where derivatives are not numbers: enumeration spreads them",
-    "masked.logsumexp": "samples of -inf alone, where gradients are not numbers: enumeration spreads them",
-}
 # Operators that PyTorch cannot differentiate twice; their cases have twins that it can.
 ONCE = {
     "nn.functional.hardsigmoid",
