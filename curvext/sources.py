@@ -72,9 +72,10 @@ def loss_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHes
     if not may_start(op) or not any(v is not None and v.numel() for v in g) or not any(filled(op)):
         return {}
     rule, groups = registry.find(op, "source"), joint(op)
-    if rule is not None and not op.coincident:
-        return {i: hessian for i, hessian in rule.function(op, g).items() if op.needs[i]}
-    if is_dense(op):
+    hessians = None if rule is None or op.coincident else rule.function(op, g)
+    if hessians is not None:
+        return {i: hessian for i, hessian in hessians.items() if op.needs[i]}
+    if not _is_separable(op):
         return dense_hessian(op, g, groups)
     bend = pass_diagonal(op, g, [None] * len(g))
     i = groups[0][0]
@@ -84,10 +85,12 @@ def loss_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHes
 
 def is_dense(op: Operation) -> bool:
     """Whether B has no closed form."""
-    separable = registry.find(op, "diagonal")
-    if registry.find(op, "source") is not None and not op.coincident:
-        return False
-    return len(joint(op)) > 1 or separable is None or not separable.separable
+    return (registry.find(op, "source") is None or op.coincident) and not _is_separable(op)
+
+
+def _is_separable(op: Operation) -> bool:
+    rule = registry.find(op, "diagonal")
+    return len(joint(op)) == 1 and rule is not None and rule.separable
 
 
 def rows(op: Operation) -> int:

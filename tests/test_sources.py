@@ -24,6 +24,7 @@ from curvext import (
     HesScale,
     SqrtGGNExact,
     extend,
+    sources,
 )
 
 from . import dense, models
@@ -116,6 +117,7 @@ LOSSES = {
     "squared hinge": ((1,), lambda z: (1 - z.squeeze(1) * SIGNS[:, 0]).relu().square().mean()),
     "own cross entropy": ((3,), lambda z: (z.logsumexp(1) - z.gather(1, Y.unsqueeze(1)).squeeze(1)).mean()),
     "own cross entropy of images": ((3, 2), lambda z: (z.logsumexp(1) - z[:, 0]).mean()),
+    "own cross entropy, keepdim": ((2, 3), lambda z: (z.logsumexp(-1, keepdim=True) - z[..., :1]).mean()),
     "logsumexp of two dimensions": ((2, 3), lambda z: z.logsumexp((1, 2)).mean()),
     "z * z": ((3,), lambda z: (z * z).mean()),
     "fourth power": ((3,), lambda z: z.pow(4).sum()),
@@ -133,6 +135,12 @@ LOSSES = {
 def test_losses(name):
     shape, loss = LOSSES[name]
     check(loss, *shape)
+
+
+def test_cross_entropy_of_ones_own_forms_no_matrix(monkeypatch):
+    monkeypatch.setattr(sources, "dense_hessian", lambda *_: pytest.fail("a Hessian was formed"))
+    for name in ("own cross entropy", "own cross entropy of images"):
+        test_losses(name)
 
 
 def test_every_row_is_a_position():
@@ -193,6 +201,8 @@ MIXED = {
     "squared norm": lambda z: torch.linalg.vector_norm(z - T) ** 2,
     "variance": lambda z: z.var(),
     "logsumexp of all": lambda z: z.logsumexp((0, 1)),
+    "logsumexp over samples": lambda z: z.logsumexp(0).sum(),
+    "logsumexp over samples and a vector": lambda z: z.sum(1).logsumexp(0),
     "squared mse": lambda z: F.mse_loss(z, T) ** 2,
 }
 

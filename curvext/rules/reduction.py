@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Operation
+from ..hessians import LossHessian, SoftmaxHessian
 from ..registry import rule
 from .default import default
 from .structure import bent, scale, selection
@@ -94,6 +95,15 @@ reduction("AmaxBackward0", "AminBackward0", d1=_slope, linear=True)
 reduction("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0", d1=_slope, linear=True)
 # y = log Σ eˣ:  p = eˣ⁻ʸ, p - p²
 reduction("LogsumexpBackward0", d1=lambda op: (op.self - kept(op, op.result)).exp(), d2=lambda op, p: p - p * p)
+
+
+@rule("LogsumexpBackward0", wave="source")
+def logsumexp_hessian(op: Operation, g: Sequence[Tensor | None]) -> dict[int, LossHessian] | None:
+    """B = g (diag p - p pᵀ) along the one dimension that is reduced; the samples are in another."""
+    dims = reduced_dims(op)
+    if op.summed or len(dims) != 1 or g[0] is None:
+        return None
+    return {0: SoftmaxHessian((op.self - kept(op, op.result)).exp(), kept(op, g[0]), dims[0])}
 
 
 @rule("MeanBackward0", "MeanBackward1", linear=True)
