@@ -16,7 +16,7 @@ from .axes import BATCH, Axis, back, front
 from .errors import CurvatureError
 
 ALL = slice(None)
-TOLERANCE = 1e-4  # negative eigenvalues below this times the largest one are rounding
+TOLERANCE = 1e-4  # negative eigenvalues below this times the largest one are rounding, and more so in 16 bits
 
 
 class LossHessian(ABC):
@@ -215,7 +215,8 @@ def negative(b: Tensor) -> Tensor:
 
 def convex(b: Tensor) -> Tensor:
     """As they are, if none is negative beyond rounding."""
-    if not tracing() and b.numel() and bool(b.min() < -TOLERANCE * b.max().clamp(min=0)):
+    rounding = max(TOLERANCE, 4 * torch.finfo(b.dtype).eps)
+    if not tracing() and b.numel() and bool(b.min() < -rounding * b.max().clamp(min=0)):
         raise not_convex()
     return b.clamp(min=0)
 

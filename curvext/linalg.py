@@ -34,7 +34,7 @@ def eigvalsh(a: Tensor) -> Tensor:
 def _checked(decompose: Callable[[Tensor], Sequence[Tensor]], a: Tensor) -> list[Tensor]:
     if tracing():
         return list(decompose(a))
-    for dtype in (a.dtype, torch.float64):
+    for dtype in (torch.promote_types(a.dtype, torch.float32), torch.float64):  # there is no LAPACK in 16 bits
         try:
             found = decompose(a.to(dtype))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

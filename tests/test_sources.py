@@ -435,3 +435,16 @@ def test_hesscale_splits_at_the_same_place(loss, kind):
     parameters = list(model.parameters())
     for p, want in zip(parameters, hessian_diagonal(lambda: loss(model(x)), parameters), strict=True):
         near(p.hesscale, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_eigenvectors_in_sixteen_bits(dtype):
+    model, x = models.mlp(), torch.randn(4, 4).to(dtype)
+    found = []
+    for of in (torch.float64, dtype):
+        with extend(model.to(dtype).to(of), DiagGGNExact()):
+            model(x.to(of)).norm(dim=1).mean().backward()
+        found.append([p.diag_ggn_exact for p in model.parameters()])
+    for want, got in zip(*found, strict=True):
+        assert got.dtype is dtype
+        assert (want - got).norm() < 0.1 * want.norm()
