@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvext import CurvatureError, extend
+from curvext import HMP, PCHMP, BatchDiagHessian, CurvatureError, DiagHessian, extend
 from curvext.diagonal import pass_diagonal, through
 from curvext.graph import Graph, edge_of
 from curvext.sweep import Settings
@@ -173,3 +173,18 @@ def test_cuda_kernels(backend, causal):
         results.append(curvature.hesscale)
     for name, want in results[1].items():
         assert (results[0][name] - want).float().norm() <= 0.05 * want.float().norm()
+
+
+@pytest.mark.parametrize("quantity", [DiagHessian(), BatchDiagHessian(), HMP(), PCHMP()], ids=lambda q: q.savefield)
+def test_what_differentiates_a_fused_kernel_twice_says_what_to_do(quantity):
+    layer, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.randn(3, 2, 4)
+
+    def step():
+        with extend(layer, quantity):
+            layer(x, x, x, need_weights=False)[0].square().mean().backward()
+
+    with pytest.raises(CurvatureError, match="SDPBackend.MATH"):
+        step()
+    with sdpa_kernel(SDPBackend.MATH):
+        step()
+    assert hasattr(layer.in_proj_weight, quantity.savefield)

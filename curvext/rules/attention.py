@@ -31,6 +31,11 @@ BIASED = (
     "ScaledDotProductCudnnAttentionBackward0",
     "ScaledDotProductFusedAttentionOverrideableBackward0",
 )
+FUSED = "ScaledDotProductFlashAttentionForCpuBackward0", "ScaledDotProductFlashAttentionBackward0", *BIASED
+UNFUSED = (
+    "run the forward pass with its unfused form: "
+    "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
+)
 BLOCK = 1 << 18  # scores that are computed together: 1 MB in float32
 GPU_BLOCK = 1 << 26
 
@@ -66,8 +71,7 @@ def _tensors(op: Operation, mask: Tensor | None) -> tuple[int, Tensor, Tensor, T
     if op.dropout_p > 0:
         raise CurvatureError(
             f"{op.name}: a fused attention kernel does not keep which entries it dropped, so its curvature cannot be "
-            "computed. Set the attention's dropout to 0, or run the forward pass with its unfused form: "
-            "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
+            f"computed. Set the attention's dropout to 0, or {UNFUSED}"
         )
     heads = op.query.shape[-3] // op.key.shape[-3]
     q, k, v = _wide(op.query), _shared(_wide(op.key), heads), _shared(_wide(op.value), heads)
@@ -76,6 +80,12 @@ def _tensors(op: Operation, mask: Tensor | None) -> tuple[int, Tensor, Tensor, T
 
 def _scale(op: Operation) -> float:
     return op.query.shape[-1] ** -0.5 if op.scale is None else op.scale  # type: ignore[no-any-return]
+
+
+@rule(*FUSED, wave="source", how="refused")
+def fused_hessian(op: Operation, g: Sequence[Tensor | None]) -> NoReturn:
+    """Not kept by the kernels, which cannot be differentiated twice."""
+    raise CurvatureError(f"a fused attention kernel cannot be differentiated twice, as is needed here; {UNFUSED}")
 
 
 @rule("ScaledDotProductFlashAttentionForCpuBackward0", wave="tangent", how="decomposed")
