@@ -183,7 +183,7 @@ def test_what_differentiates_a_fused_kernel_twice_says_what_to_do(quantity):
         with extend(layer, quantity):
             layer(x, x, x, need_weights=False)[0].square().mean().backward()
 
-    with pytest.raises(CurvatureError, match="SDPBackend.MATH"):
+    with pytest.raises(CurvatureError, match=r"SDPBackend\.MATH"):
         step()
     with sdpa_kernel(SDPBackend.MATH):
         step()
