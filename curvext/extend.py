@@ -227,7 +227,7 @@ class extend(TorchFunctionMode):
                 try:
                     self._follow(samples, sweep)
                 except CurvatureError as error:
-                    refusal = error
+                    refusal = error.with_traceback(None)  # its frames would keep the graph
             sweep.kinds = reader.products(loss, gradient, sweep.operations if refusal is None else None)
             if refusal is not None and any([wave.by_sample for wave in sweep.kinds]):
                 raise refusal
