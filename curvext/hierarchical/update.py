@@ -112,7 +112,7 @@ def refreshed(old: HierarchicalOperator, operator: Any, tolerance: float, **opti
     Sixteen products say how far off ``old`` is. Up to 1.25 ``tolerance`` it is returned as it is, with its ``error``
     anew. Else the directions that it has are not looked for again, only checked and added to: about one product for a
     column in place of two, and verified to be within ``tolerance``. (To peel the difference A - old takes more: what
-    ``old`` leaves out has no structure.)
+    ``old`` leaves out has no structure.) Matrices so small that they are dense are read anew.
     """
     from .build import correct
 
