@@ -68,8 +68,8 @@ class extend(TorchFunctionMode):
             names to tensors, or an iterable of tensors (named "0", "1", ...). The graph is found from the loss.
         quantities: what to compute, instances; ``HesScale()`` if none is given. ``KFAC().only("fc*", nn.Linear)`` is
             for some parameters only.
-        only: restricts all quantities: globs over parameter names (a module's name stands for all below it), module
-            classes, or predicates ``(name, parameter) -> bool``; one or a list.
+        only: restricts all quantities: globs over parameter names (a module's name stands for all below it), modules
+            or their classes, or predicates ``(name, parameter) -> bool``; one or a list.
         samples: the number N of samples, for quantities that tell samples apart; by default the size of the leading
             dimension of the tensor that the loss sums up. ``samples=1`` treats the batch as one sample. If that
             dimension is N·T (token losses), T consecutive rows belong to a sample; every N-th one, if that is the
