@@ -420,3 +420,16 @@ def test_modules_keep_no_matrix_of_an_earlier_block():
     assert not hasattr(model, "kflr")
     swept(dict(model.named_parameters()), lambda: F.cross_entropy(model(x), y))
     assert model.weight.kflr[0].shape == (3, 3)
+
+
+def test_a_layer_that_no_sample_is_sent_to():
+    """Under a loss of two terms, whose factors are added."""
+    model, x, y = nn.ModuleDict({"idle": nn.Linear(4, 4), "head": nn.Linear(4, 3)}), torch.randn(N, 4), classes(N)
+    none = torch.zeros(0, dtype=torch.long)
+
+    def loss():
+        z = model["head"](x.index_add(0, none, model["idle"](x[none])))
+        return F.cross_entropy(z, y) + z.square().sum()
+
+    swept(model, loss)
+    assert not any(factor.any() for p in model["idle"].parameters() for factor in p.kflr)

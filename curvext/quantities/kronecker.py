@@ -57,7 +57,7 @@ class Sums:
         if not isinstance(other, Sums) or (self.flipped, self.out.shape) != (other.flipped, other.out.shape):
             raise _mixed()
         count = self.count + other.count
-        share = other.count / count
+        share = other.count / max(1, count)
         inputs, first = self.inputs.lerp(other.inputs, share), self.first.lerp(other.first, share)
         return Sums(self.out + other.out, inputs, first, count, self.flipped)
 
