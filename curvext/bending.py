@@ -127,7 +127,7 @@ class Bending:
             return {}
         values, vectors = eigh(rows.movedim(1, 0))
         split = vectors.movedim(-1, 0).split([part.numel() // n for part in self.parts.values()], -1)  # [V, N, D]
-        whole = n == 1 and any(axis is not BATCH for axis in self.axes.values())
+        whole = places != self.axes
         found: dict[Any, LossHessian] = {}
         for (i, part), piece in zip(self.parts.items(), split, strict=True):
             shape = front(part, places[i], n).shape[1:]

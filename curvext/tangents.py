@@ -70,7 +70,8 @@ def pass_tangents(op: Operation, t: Sequence[Tensor | None]) -> Sequence[Tensor 
     found = None if rule is None else rule.function(op, t)
     if rule is None or found is None:
         return _transposed(op, t)
-    return found if rule.outputs == "all" else [found, *[None] * (len(op.outputs) - 1)]
+    found = found if rule.outputs == "all" else [found, *[None] * (len(op.outputs) - 1)]
+    return [t if t is None else t.to(y.dtype) for t, y in zip(found, op.outputs, strict=True)]
 
 
 def _transposed(op: Operation, t: Sequence[Tensor | None]) -> list[Tensor | None]:

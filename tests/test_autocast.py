@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvext import (
+    GGNMP,
     BatchDiagGGNExact,
     BatchDotGrad,
     BatchGrad,
@@ -69,3 +70,19 @@ def test_close_to_full_precision(name, inside):
             want = results[0][field][parameter]
             assert value.dtype is torch.float32 and value.shape == want.shape, (field, parameter)
             assert (value - want).norm() <= 0.06 * want.norm() + 1e-6, (field, parameter)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products(name):
+    (model, x), y = CASES[name](), torch.randint(0, 3, (6,))
+    directions = [torch.randn(1, *p.shape) for p in model.parameters()]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = F.cross_entropy(model(x), y)
+        with extend(model, GGNMP()):
+            loss.backward()
+        results.append([p.ggnmp(v) for p, v in zip(model.parameters(), directions, strict=True)])
+    for want, got in zip(*results, strict=True):
+        assert got.dtype is torch.float32
+        assert (got - want).norm() <= 0.1 * want.norm() + 1e-6

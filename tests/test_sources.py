@@ -448,3 +448,9 @@ def test_eigenvectors_in_sixteen_bits(dtype):
     for want, got in zip(*found, strict=True):
         assert got.dtype is dtype
         assert (want - got).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_hessian_without_closed_form_belongs_to_its_sample(n):
+    """Also if there is one sample."""
+    dense.check(models.mlp(), torch.randn(n, 4), lambda z: z.norm(dim=1).mean(), lambda z: z.norm(dim=1) / n)
