@@ -18,7 +18,7 @@ from .graph import Edge, Graph, nearest
 from .memory import keep
 from .output import seeds
 from .quantities import HesScale
-from .quantities.base import Quantity, Selected, Target, WholeGraph
+from .quantities.base import Quantity, Selected, Target, WholeGraph, positive
 from .reader import Reader
 from .registry import find
 from .samples import Samples
@@ -111,14 +111,10 @@ class extend(TorchFunctionMode):
         self.entries = checked(quantities or (HesScale(),))
         if not isinstance(model, nn.Module) or only is not None or any(entry.where for entry in self.entries):
             assigned(self.model, self.entries, trained(named(self.model)), only)  # once more on entering the block
-        if probes < 1 or enumerate_up_to < 0 or (samples is not None and samples < 1):
-            raise ValueError(
-                f"extend: probes and samples must be >= 1 and enumerate_up_to >= 0, got {probes}, {samples} and "
-                f"{enumerate_up_to}"
-            )
+        positive(self, probes=probes, samples=samples, max_memory=max_memory)
+        if enumerate_up_to < 0:
+            raise ValueError(f"extend: enumerate_up_to must be >= 0, got {enumerate_up_to}")
         if max_memory is not None:
-            if max_memory < 1:
-                raise ValueError(f"extend: max_memory is a number of bytes, got {max_memory}")
             for quantity in (entry.quantity for entry in self.entries if reads_columns(entry.quantity)):
                 if why := quantity.undivided():
                     what = type(quantity).__name__

@@ -39,6 +39,11 @@ class TestArguments:
         with pytest.raises(TypeError, match=r"HesScale; write HesScale\(\)"):
             extend(mlp(), HesScale)
 
+    @pytest.mark.parametrize("option", [{"samples": 2.0}, {"probes": 0}, {"max_memory": -1}, {"enumerate_up_to": -1}])
+    def test_no_number_of_things(self, option):
+        with pytest.raises(ValueError, match=f"extend: {next(iter(option))} must be .*>= "):
+            extend(mlp(), **option)
+
     def test_something_else_than_a_quantity(self):
         with pytest.raises(TypeError, match="expected quantities such as HesScale"):
             extend(mlp(), "hesscale")

@@ -179,7 +179,7 @@ def test_what_is_refused():
     for quantity, why in ((EKFAC(2), "give them as basis="), (KFRA(), "one matrix"), (NTK(), "every other")):
         with pytest.raises(ValueError, match=f"{type(quantity).__name__} needs all columns at once .*{why}"):
             extend(mlp(), quantity, max_memory=1000)
-    with pytest.raises(ValueError, match="number of bytes, got 0"):
+    with pytest.raises(ValueError, match="max_memory must be an integer >= 1, got 0"):
         extend(mlp(), DiagGGNExact(), max_memory=0)
 
 
