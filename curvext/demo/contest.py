@@ -19,6 +19,7 @@ from ..errors import CurvatureError
 
 Pair = tuple[Tensor, Tensor]
 SEARCH = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the step for those that search along a line
+DAMPED = 3e-4  # eps of what is called so: as large as many a curvature of a mean loss
 
 COUNTED = 5  # steps on batches whose arithmetic is counted
 ONE_STEP: Any = {"max_iter": 1, "max_eval": 25, "line_search_fn": "strong_wolfe"}  # torch's LBFGS, an iteration a step
@@ -100,12 +101,14 @@ def _variants() -> dict[str, Method]:
     small = (3e-5, 1e-4, 5e-4, 2e-3, 1e-2)  # no bound on a step: networks of ReLU need the lowest
     return {
         "AdaHesScale": Method(optim.AdaHesScale, 3e-3, small),
+        "AdaHesScale-damped": Method(partial(optim.AdaHesScale, eps=DAMPED), 2e-3, (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)),
         "AdaHesScaleGN": Method(partial(optim.AdaHesScale, gauss_newton=True), 1e-3, small),
         "AdaHesScale-sqrt": Method(partial(optim.AdaHesScale, variant="sqrt"), 3e-3, small),
         "AdaHesScale-newton": Method(partial(optim.AdaHesScale, variant="newton", eps=1e-4), 3e-3, small),
+        "Adam-damped": Method(partial(torch.optim.Adam, eps=DAMPED), 3e-3, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
         "Adam-scaled": Method(_scaled_adam, 3e-3, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
         "AdaHesScale-scaled": Method(_scaled_adahesscale, 1e-3, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-        "EKFAC": Method(partial(optim.KFAC, eigenbasis=True)),
+        "EKFAC": Method(partial(optim.KFAC, eigenbasis=True, damping=3e-2)),  # not shared among factors: more of it
         "NewtonCG-GN": Method(partial(optim.NewtonCG, curvature="gauss_newton"), 1.0, SEARCH, True),
     }
 

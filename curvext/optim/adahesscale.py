@@ -51,7 +51,8 @@ class AdaHesScale(DiagonalOptimizer):
         params: parameters, dicts of parameter groups, or ``(name, tensor)`` pairs; names appear in errors.
         lr: step size. The default is that of the released code; 1e-4 to 1e-2 are usual.
         betas: decay rates of the averages of g and of h².
-        eps: added to the denominator; 1e-5 in the reinforcement learning experiments of the paper of 2024.
+        eps: added to the denominator; 1e-5 in the reinforcement learning experiments of the paper of 2024. Networks of
+            ReLU were trained best with 3e-4 (docs/optimizers_compared.md).
         weight_decay: factor of the parameter that is added to the gradient (to h² nothing is added).
         gauss_newton: use ``p.hesscale_gn`` (AdaHesScaleGN) in place of ``p.hesscale``; needs a smaller ``lr``.
         decoupled_weight_decay: shrink the parameter by ``1 - lr · weight_decay`` instead, as AdamW does.
