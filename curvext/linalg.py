@@ -19,7 +19,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``[..., d]``, ascending, and eigenvectors as columns ``[..., d, d]`` of symmetric matrices.
 
     Raises:
-        CurvatureError: if ``a`` has entries that are not finite.
+        CurvatureError: if ``a`` has entries that are not finite, or the decomposition fails in double precision too.
     """
     values, vectors = _checked(torch.linalg.eigh, a)
     return values, vectors
@@ -39,9 +39,8 @@ def _checked(decompose: Callable[[Tensor], Sequence[Tensor]], a: Tensor) -> list
             found = decompose(a.to(dtype))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        if bool(found[0].isfinite().all()):
+        if all([bool(part.isfinite().all()) for part in found]):
             return [part.to(a.dtype) for part in found]
-    raise CurvatureError(
-        f"a matrix of shape {list(a.shape)} has no eigenvalues, as it has "
-        f"{int((~a.isfinite()).sum())} entries that are not finite. Has the training diverged?"
-    )
+    wrong = int((~a.isfinite()).sum())
+    why = f"{wrong} entries are not finite. Has the training diverged?" if wrong else "they do not converge in double."
+    raise CurvatureError(f"the eigenvalues of a matrix of shape {list(a.shape)} cannot be had: {why}")

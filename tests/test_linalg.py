@@ -48,7 +48,13 @@ def test_moments_of_inactive_units():
 def test_what_is_not_finite():
     a = torch.eye(3)
     a[1, 1] = math.nan
-    with pytest.raises(CurvatureError, match="1 entries that are not finite"):
+    with pytest.raises(CurvatureError, match="1 entries are not finite"):
         eigh(a)
     with pytest.raises(CurvatureError, match="not finite"):
         Kronecker((a, torch.eye(2))).eigh()
+
+
+def test_what_fails_in_double_too(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: (a[0] * math.nan, a))
+    with pytest.raises(CurvatureError, match="do not converge in double"):
+        eigh(torch.eye(3))
